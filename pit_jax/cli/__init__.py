@@ -1,0 +1,1 @@
+"""The `pit-jax` command: gin files and flags in, stages run, errors explained."""

@@ -1,0 +1,214 @@
+"""The flags of `pit-jax`, and help that teaches. Imports nothing slow: `pit-jax --help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import pit_jax
+from pit_jax.cli import shipped
+
+_STAGES = "pit_jax.cli.stages:"
+_DATA = "pit_jax.cli.data:"
+
+_OVERVIEW = """\
+Train models that improve their own answers (PIT).
+
+A recipe, a gin file, describes a whole run: data, model and stages. `pipeline` runs all of its stages in order,
+skips those that are complete and continues one that was interrupted; `sft`, `reward`, `rl` ... run one of them.
+"""
+
+_EXAMPLES = """\
+start here
+  pit-jax pipeline --gin_file=recipes/demo.gin --gin.MODEL_DIR="'runs/demo'"
+      everything, on a small synthetic set, in minutes on a laptop; ends with a report in runs/demo/report
+
+your own data
+  pit-jax inspect-data --input=mine.jsonl -n 3                  is the file all right, and what does it hold?
+  pit-jax inspect-data --gin_file=my.gin --view=sft_improver    what the model is trained on, mask visible
+  pit-jax pipeline --gin_file=my.gin --gin.MODEL_DIR="'runs/mine'"
+
+use what was trained
+  pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl
+
+settings
+  --gin.NAME=VALUE overrides what the files say; strings need quotes of their own:
+      --gin.MODEL_DIR="'runs/a'"   --gin.TRAIN_STEPS=500   --gin.sft.Sft.batch_size=32
+  --print_config shows the result of all files and flags without running anything
+"""
+
+_GIN_EXAMPLE = """\
+example
+  pit-jax {verb} --gin_file=recipes/demo.gin --gin.MODEL_DIR="'runs/demo'"{more}
+
+recipes that come with pit_jax
+  {recipes}
+"""
+
+_IMPROVE_EXAMPLE = """\
+DIR is a run (its improver is used) or one stage of it. Each line of FILE.jsonl has `prompt` and `response`, the
+draft; each line of the output has the improved response and how it came about.
+
+example
+  pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl --iterations=2
+"""
+
+_STAGE_VERBS = {
+    "lm": ("pre-train a language model on text", ()),
+    "sft": ("supervised fine-tuning of the policy or the improver", ("policy", "improver")),
+    "reward": ("train a reward model: Bradley-Terry or the gap between two answers", ("bt", "gap")),
+    "rl": ("reinforcement learning of the policy, or of the improver over its curriculum", ("policy", "improver")),
+    "evaluate": ("compare the run's models on held-out prompts and write the report", ()),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Keeps the examples' line breaks, and never guesses abbreviated flags."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)  # type: ignore[arg-type]
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed command line; `gin_bindings` holds the `NAME=VALUE` of every `--gin.NAME=VALUE`.
+
+    Exits with status 2 on wrong usage, and with 0 after `--help` or `--version`.
+    """
+    parser = _parser()
+    bindings = [word.removeprefix("--gin.") for word in argv if word.startswith("--gin.")]
+    args = parser.parse_args([word for word in argv if not word.startswith("--gin.")])
+    for binding in bindings:
+        if "=" not in binding:
+            parser.error(f"--gin.{binding} has no value; write --gin.{binding}=VALUE in one word")
+    if bindings and "gin_file" not in args:
+        parser.error(f"{args.verb} takes no --gin.NAME=VALUE (got --gin.{bindings[0]})")
+    args.gin_bindings = tuple(bindings)
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pit-jax", description=_OVERVIEW, epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"pit-jax {pit_jax.__version__}")
+    verbs = parser.add_subparsers(
+        title="verbs (pit-jax VERB --help says more)", dest="verb", metavar="VERB", required=True
+    )
+
+    def verb(name: str, summary: str, run: str, epilog: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=epilog)
+        made.set_defaults(run=run)
+        _add_common(made)
+        return made
+
+    pipeline = verb(
+        "pipeline", "run all stages of a recipe, then the report", f"{_STAGES}pipeline", _gin_epilog("pipeline")
+    )
+    _add_gin(pipeline)
+    for name, (summary, roles) in _STAGE_VERBS.items():
+        more = f" --role={roles[-1]}" if roles else ""
+        stage = verb(name, summary, f"{_STAGES}stage", _gin_epilog(name, more))
+        _add_gin(stage)
+        stage.add_argument("--role", choices=roles or None, help="which stage of this kind the recipe should run")
+    _add_improve(verb)
+    _add_data(verb)
+    return parser
+
+
+def _gin_epilog(verb: str, more: str = "") -> str:
+    return _GIN_EXAMPLE.format(verb=verb, more=more, recipes="\n  ".join(shipped.recipes()) or "(none)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("general")
+    group.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
+    group.add_argument(
+        "--compilation_cache", default="auto", metavar="DIR",
+        help="where compiled programs are kept between runs; `off` for nowhere (default: the user's cache directory)",
+    )  # fmt: skip
+
+
+def _add_gin(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "configuration", "--gin.NAME=VALUE sets a macro or a parameter; may be repeated, wins over the files"
+    )
+    group.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE",
+        help="a gin file: a path, or a name below a search path or pit_jax's own; repeat it, later ones win",
+    )  # fmt: skip
+    group.add_argument(
+        "--gin_search_paths", type=_comma_list, default=(), metavar="DIR,DIR", help="further folders with gin files",
+    )  # fmt: skip
+    group.add_argument("--print_config", action="store_true", help="print the configuration in force and stop")
+
+
+def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    parser = verb("improve", "improve the answers of a JSON Lines file", f"{_STAGES}improve", _IMPROVE_EXAMPLE)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a stage of one")
+    parser.add_argument("--input", required=True, metavar="FILE", help="lines with `prompt` and `response`")
+    parser.add_argument("--output", metavar="FILE", help="where the result goes (default: standard output)")
+    parser.add_argument("--iterations", type=int, default=1, metavar="N", help="improve N times over (default: 1)")
+    parser.add_argument("--candidates", type=int, default=1, metavar="N", help="draw N and keep the best (default: 1)")
+    parser.add_argument(
+        "--accept", choices=("gap", "always"), default="gap",
+        help="keep a candidate only if the gap model prefers it (default), or always",
+    )  # fmt: skip
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same answers (default: 0)")
+
+
+def _add_data(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    inspect = verb(
+        "inspect-data",
+        "check a preference file, or show what a stage reads",
+        f"{_DATA}inspect",
+        _gin_epilog("inspect-data", " --view=rl"),
+    )
+    _add_gin(inspect)
+    inspect.add_argument(
+        "--input", metavar="FILE", help="a raw preference file (.jsonl, .gz, .xz, a glob) instead of a recipe"
+    )
+    _add_view(inspect)
+    inspect.add_argument("-n", "--number", type=int, default=5, metavar="N", help="how many records (default: 5)")
+    inspect.add_argument(
+        "--on-bad-record", choices=("fail", "skip"), default="fail", help="stop at a broken line, or count it and go on"
+    )
+    cache = verb(
+        "cache",
+        "write a view's tokenised examples to disk",
+        f"{_DATA}cache",
+        _gin_epilog("cache", " --view=rl --output=DIR"),
+    )
+    _add_gin(cache)
+    _add_view(cache)
+    cache.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
+    cache.add_argument("--overwrite", action="store_true", help="replace the folder if it exists")
+    tokenizer = verb(
+        "tokenizer",
+        "train a SentencePiece vocabulary",
+        f"{_DATA}tokenizer",
+        _gin_epilog("tokenizer", " --vocab_size=8000 --output=DIR"),
+    )
+    _add_gin(tokenizer)
+    tokenizer.add_argument(
+        "--input", nargs="+", default=[], metavar="FILE", help="text or preference files instead of a recipe's data"
+    )
+    tokenizer.add_argument(
+        "--input_format", choices=("preferences", "text"),
+        help="what --input holds (default: preferences in .json files, else text, a document a line)",
+    )  # fmt: skip
+    tokenizer.add_argument("--vocab_size", type=int, metavar="N", help="number of pieces (default: as the recipe says)")
+    tokenizer.add_argument("--seed", type=int, help="same texts and seed, same vocabulary")
+    tokenizer.add_argument("--output", required=True, metavar="DIR", help="where the tokenizer is saved")
+
+
+def _add_view(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--view", default="sft_improver", metavar="VIEW",
+        help="lm, sft_policy, sft_improver (default), reward_bt, reward_gap, rl or evaluate",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split", choices=("train", "validation"), default="train", help="which part of the data (default: train)"
+    )
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.split(",") if part)

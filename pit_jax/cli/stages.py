@@ -1,0 +1,107 @@
+"""The verbs that run stages: a recipe is built from gin, then does the work itself."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from pit_jax.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from pit_jax.stages.pipeline import Recipe
+
+ROOT = "pit_jax.stages.pipeline:Recipe"
+
+
+def build_recipe(args: argparse.Namespace, defaults: tuple[str, ...] = ()) -> tuple[Recipe, str]:
+    """Return the recipe that the command line describes, and its configuration as gin text.
+
+    Args:
+      args: of a verb with gin flags.
+      defaults: bindings (`NAME=VALUE`) for required macros that the verb can do without.
+    """
+    from pit_jax.cli.gin_config import GinSource, build  # gin is imported only by verbs that read it.
+
+    source = GinSource(
+        files=tuple(args.gin_file),
+        bindings=args.gin_bindings,
+        search_paths=tuple(args.gin_search_paths),
+        defaults=defaults,
+    )
+    built = build(source, ROOT)
+    return built.value, built.text
+
+
+def pipeline(args: argparse.Namespace) -> None:
+    """`pit-jax pipeline`: run every stage of the recipe in order."""
+    recipe, text = build_recipe(args)
+    if args.print_config:
+        print(text)
+        return
+    _run(recipe, text, None)
+
+
+def stage(args: argparse.Namespace) -> None:
+    """`pit-jax lm | sft | reward | rl | evaluate`: run the one stage of that kind and role."""
+    recipe, text = build_recipe(args)
+    name = select_stage(recipe, args.verb, args.role)
+    if args.print_config:
+        print(text)
+        return
+    _run(recipe, text, [name])
+
+
+def select_stage(recipe: Recipe, verb: str, role: str | None) -> str:
+    """Return the name of the recipe's stage of kind `verb` and, if given, role `role`.
+
+    Raises:
+      ConfigError: there is none, or there are several; what the recipe has is listed.
+    """
+    found = [s for s in recipe.stages if s.verb == verb and role in (None, s.role)]
+    if len(found) == 1:
+        return found[0].name
+    wanted = f"{verb} --role={role}" if role else verb
+    if found:
+        roles = " or ".join(f"--role={s.role}" for s in found)
+        raise ConfigError(f"The recipe has {len(found)} stages for {wanted!r}. Choose one with {roles}.")
+    listed = "; ".join(f"{s.name} ({s.verb}{f' --role={s.role}' if s.role else ''})" for s in recipe.stages)
+    raise ConfigError(f"The recipe has no stage for {wanted!r}. It has: {listed or 'no stages at all'}.")
+
+
+def improve(args: argparse.Namespace) -> None:
+    """`pit-jax improve`: improve the answers of a file with a trained improver."""
+    from pit_jax.stages.improve import improve_file
+
+    improve_file(
+        checkpoint=args.checkpoint,
+        input=args.input,
+        output=args.output,
+        iterations=args.iterations,
+        candidates=args.candidates,
+        accept=args.accept,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+
+
+def _run(recipe: Recipe, text: str, names: list[str] | None) -> None:
+    """Run stages, and leave the configuration beside what they make, in MODEL_DIR/config.gin.
+
+    A directory that holds a run already is the recipe's to accept or refuse, so there the file is brought up
+    to date only after the stages have run.
+    """
+    from etils import epath
+
+    directory = epath.Path(recipe.model_dir)
+    if not directory.exists():
+        _record(directory / "config.gin", text)
+    recipe.run(names)
+    _record(directory / "config.gin", text)
+
+
+def _record(path: epath.Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)

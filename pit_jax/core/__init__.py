@@ -1,0 +1,1 @@
+"""Types, metrics, randomness and errors shared by everything; needs jax and numpy only."""

@@ -1,0 +1,1 @@
+"""Preference data: schema, readers, folds, views, batches and sources; TensorFlow only in `seqio_*`."""

@@ -1,0 +1,59 @@
+"""Examples that can only be read from front to back, as a block provider of `source.ShuffledSource`."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from pit_jax.core.errors import DataError
+from pit_jax.data.source import Fingerprint
+from pit_jax.data.views import Example
+
+_log = logging.getLogger(__name__)
+
+
+class StreamBlocks:
+    """Examples of a stream that can be opened again and again, such as a live SeqIO task.
+
+    The stream is read through once at the start, for its length and fingerprint. After that, reading goes on from
+    where it is; a restored position, or the next epoch, opens the stream again and skips to it. A cache
+    (`data/cache.py`) spares both.
+    """
+
+    def __init__(self, open_stream: Callable[[], Iterator[Example]], name: str):
+        """Count and hash the examples.
+
+        Args:
+          open_stream: starts the stream; every time with the same examples.
+          name: of the stream, for messages.
+        """
+        self._open = open_stream
+        self._name = name
+        self._iterator: Iterator[Example] = iter(())
+        self._next: int | None = None
+        digest = Fingerprint()
+        self._length = 0
+        for example in open_stream():
+            digest.add(example)
+            self._length += 1
+        self.fingerprint = digest.value()
+        _log.info("%s: %d examples", name, self._length)
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return self._length
+
+    def read(self, start: int, stop: int) -> Sequence[Example]:
+        """Return examples start..stop-1.
+
+        Raises:
+          DataError: the stream has ended before them.
+        """
+        if self._next is None or start < self._next:
+            self._iterator, self._next = self._open(), 0
+        examples = list(itertools.islice(self._iterator, start - self._next, stop - self._next))
+        if len(examples) != stop - start:
+            raise DataError(f"{self._name} ended before example {stop} of {self._length}: it has changed.")
+        self._next = stop
+        return examples

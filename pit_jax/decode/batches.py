@@ -1,0 +1,204 @@
+"""Any number of prompts through one compiled program: padding to fixed shapes, sampling, scoring."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from pit_jax.core.errors import DataError, invalid
+from pit_jax.core.types import Conditional, Params, Prompts, Samples
+from pit_jax.decode.loop import generate
+from pit_jax.decode.sampling import Sampling
+from pit_jax.models.api import ConditionalLM
+from pit_jax.sharding.place import put_batch
+from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
+
+
+class RewardModel(Protocol):
+    """What gives a scalar to each response of a batch, such as `models.heads.ScalarModel`; hashable."""
+
+    def scores(self, params: Params, x: Conditional, count: int) -> Float[Array, "B M"]:
+        """Return the scores of the `count` examples that a row can hold."""
+        ...
+
+
+class Response(NamedTuple):
+    """A response as token ids without its EOS, and whether it had one (it is cut off where it had not)."""
+
+    ids: tuple[int, ...]
+    finished: bool
+
+    def closed(self, eos_id: int) -> tuple[int, ...]:
+        """Return the tokens as models read them: `eos_id` ends a finished response, a cut one stays open."""
+        return (*self.ids, eos_id) if self.finished else self.ids
+
+
+def responses(samples: Samples) -> list[Response]:
+    """Return the rows of `samples` as lists of ids, whichever EOS ended them."""
+    tokens, lengths, finished = (np.asarray(x) for x in (samples.tokens, samples.mask.sum(-1), samples.finished))
+    return [
+        Response(tuple(int(token) for token in row[: length - bool(end)]), bool(end))
+        for row, length, end in zip(tokens, lengths, finished, strict=True)
+    ]
+
+
+def as_reference(codec: Codec, answer: Response) -> tuple[int, ...]:
+    """Return a response as the reference of an improver or gap prompt.
+
+    Models can say anything: BOS, which a prompt has only once, is left out, and a response that was cut off
+    at the last token loses what a reference has no room for (a place is kept for the EOS it does not have).
+    """
+    ids = tuple(token for token in answer.ids if token != codec.tokenizer.bos_id)
+    return ids if answer.finished else ids[: codec.lengths.targets - 1]
+
+
+def with_answers(prompts: Prompts, answers: Sequence[Sequence[int]], length: int, pad_id: int) -> Conditional:
+    """Return prompts with their complete answers (EOS included), padded on the right to `length`, as NumPy arrays.
+
+    Raises:
+      DataError: an answer is longer than `length`.
+    """
+    lengths = np.array([len(answer) for answer in answers], np.int32)
+    if len(answers) and lengths.max() > length:
+        worst = int(lengths.argmax())
+        fix = "Shorten it, or raise Lengths.targets."
+        raise DataError(f"Response {worst} has {lengths[worst]} tokens and must have at most {length}. {fix}")
+    mask = np.arange(length)[None, :] < lengths[:, None]
+    tokens = np.full(mask.shape, pad_id, np.int32)
+    tokens[mask] = [token for answer in answers for token in answer]
+    return Conditional(
+        prompt=prompts.tokens,
+        prompt_segments=prompts.mask.astype(np.int32),
+        prompt_reference=prompts.reference,
+        response=tokens,  # pyright: ignore[reportArgumentType]
+        response_segments=mask.astype(np.int32),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def with_samples(prompts: Prompts, samples: Samples) -> Conditional:
+    """Return prompts with what was sampled for them, token for token: what the policy gradient trains on."""
+    return Conditional(
+        prompt=prompts.tokens,
+        prompt_segments=prompts.mask.astype(np.int32),
+        prompt_reference=prompts.reference,
+        response=samples.tokens,
+        response_segments=samples.mask.astype(np.int32),
+    )
+
+
+def row_keys(key: Key[Array, ""], index: Int[np.ndarray, " N"]) -> Key[Array, " N"]:
+    """Return one key for every row, from the number of the row alone."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(index, jnp.uint32))
+
+
+def chunks(rows: int, size: int) -> Iterator[tuple[Int[np.ndarray, " size"], int]]:
+    """Yield (row numbers, how many are real) of fixed-size batches; the last repeats its first row as filler.
+
+    A filler is a copy with the same key, so it ends when its original does and never delays a batch.
+    """
+    for start in range(0, rows, size):
+        index = np.arange(start, start + size)
+        yield np.where(index < rows, index, start), min(size, rows - start)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A language model with everything that fixes how it answers one kind of prompt.
+
+    width: prompts are padded to this many tokens (`codec.width(kind)`).
+    max_new: most tokens of a response, EOS included.
+    batch_size: rows of the one compiled program.
+    mesh: the devices that share the rows of a batch, None for one device.
+    """
+
+    lm: ConditionalLM
+    sampling: Sampling
+    width: int
+    max_new: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    batch_size: int
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        """Check the batch size; the rest is checked where it is used."""
+        if self.batch_size < 1:
+            raise invalid("Sampler.batch_size", self.batch_size, "be at least 1", "Give the rows of one batch.")
+
+    def sample(self, params: Params, prompts: Prompts, keys: Key[Array, " N"]) -> Samples:
+        """Return one sample for each of N prompts as NumPy arrays, computed `batch_size` rows at a time."""
+        parts = []
+        for index, real in chunks(len(prompts.tokens), self.batch_size):
+            batch, streams = _place(jax.tree.map(lambda leaf, index=index: leaf[index], (prompts, keys)), self.mesh)
+            samples = generate(
+                self.lm,
+                params,
+                batch,
+                streams,
+                self.sampling,
+                max_new=self.max_new,
+                eos_ids=self.eos_ids,
+                pad_id=self.pad_id,
+            )
+            parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], jax.device_get(samples)))
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def answer(self, params: Params, rows: Sequence[PromptRow], keys: Key[Array, " N"]) -> list[Response]:
+        """Return one sampled response for each prompt row; none for none."""
+        if not rows:
+            return []
+        return responses(self.sample(params, rows_to_prompts(rows, self.width, self.pad_id), keys))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """A reward model with the fixed shapes it is run at.
+
+    width: prompts are padded to this many tokens; length: responses, EOS included.
+    mesh: the devices that share the rows of a batch, None for one device.
+    """
+
+    model: RewardModel
+    width: int
+    length: int
+    eos_id: int
+    pad_id: int
+    batch_size: int
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        """Check the batch size."""
+        if self.batch_size < 1:
+            raise invalid("Scorer.batch_size", self.batch_size, "be at least 1", "Give the rows of one batch.")
+
+    def score(self, params: Params, rows: Sequence[PromptRow], answers: Sequence[Response]) -> Float[np.ndarray, " N"]:
+        """Return the model's scalar for each prompt row with its response.
+
+        With prompts of the policy's kind this is R_P(x, y); with gap prompts, which hold y_ref, it is
+        r_gap(y, y_ref | x). A finished response is read with its EOS, as in training; one that was cut off
+        has none. An empty finished response is its EOS alone.
+        """
+        closed = [answer.closed(self.eos_id) for answer in answers]
+        scores = np.zeros(len(rows), np.float32)
+        for index, real in chunks(len(rows), self.batch_size):
+            prompts = rows_to_prompts([rows[i] for i in index], self.width, self.pad_id)
+            batch = with_answers(prompts, [closed[i] for i in index], self.length, self.pad_id)
+            scores[index[:real]] = np.asarray(_score(params, _place(batch, self.mesh), self.model))[:real]
+        return scores
+
+
+def _place(batch: Any, mesh: Mesh | None) -> Any:
+    return batch if mesh is None else put_batch(batch, mesh, row_axis=0)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _score(params: Params, batch: Conditional, model: RewardModel) -> Float[Array, " B"]:
+    return model.scores(params, batch, 1)[:, 0]

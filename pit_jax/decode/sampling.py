@@ -1,0 +1,79 @@
+"""How one token is drawn from the logits: temperature, top-k, top-p, and one random stream per row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from pit_jax.core.errors import invalid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of the sampler.
+
+    temperature: 1 samples from the model itself, 0 is greedy. A change does not recompile.
+    top_k: only the k most likely tokens can be drawn; 0 switches it off.
+    top_p: only the smallest set of most likely tokens with at least this probability (at the given
+      temperature) can be drawn; 1 switches it off (Holtzman et al., arXiv 1904.09751).
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0.0 <= self.temperature < float("inf"):
+            raise invalid("Sampling.temperature", self.temperature, "be finite and >= 0", "Use 0 for greedy decoding.")
+        if self.top_k < 0:
+            raise invalid("Sampling.top_k", self.top_k, "be >= 0", "Use 0 to switch top-k off.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise invalid("Sampling.top_p", self.top_p, "be in (0, 1]", "Use 1 to switch top-p off.")
+
+
+def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
+    """Set all but the `k` largest logits of a row to -inf; `k` = 0 keeps all, ties with the k-th are kept."""
+    if k == 0 or k >= logits.shape[-1]:
+        return logits
+    smallest = jax.lax.top_k(logits, k)[0][:, -1:]
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
+    """Set logits outside the nucleus, the smallest set of top tokens with probability >= `p`, to -inf."""
+    if p == 1.0:
+        return logits
+    descending = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    step: Int[Array, ""] | int,
+    temperature: Float[Array, ""] | float,
+    top_k: int,
+    top_p: float,
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """Draw one token for every row and return it with its untempered, unfiltered log-probability.
+
+    token = argmax_v (logits_v + temperature * gumbel_v) over the kept tokens (the Gumbel-max trick), which is
+    a sample from softmax(logits / temperature) and, at temperature 0, the most likely token. Row b uses
+    `fold_in(keys[b], step)` only, so its token does not depend on the other rows.
+    """
+    logits = logits.astype(jnp.float32)
+    divisor = jnp.where(temperature > 0, temperature, 1.0)
+    kept = keep_top_p(keep_top_k(logits, top_k) / divisor, top_p)
+    vocabulary = logits.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), vocabulary))(keys)
+    perturbed = jnp.where(kept > -jnp.inf, logits + temperature * noise, -jnp.inf)
+    token = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1)

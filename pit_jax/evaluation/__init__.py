@@ -1,0 +1,1 @@
+"""Judges, win rates with intervals, and the report."""

@@ -1,0 +1,1 @@
+"""Files, checkpoints, metrics and progress: everything with an effect outside the process."""

@@ -1,0 +1,1 @@
+"""Losses, advantages and divergences: arrays in, (total, weight) metrics out."""

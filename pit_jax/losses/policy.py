@@ -1,0 +1,110 @@
+"""The policy-gradient loss: REINFORCE form (RLOO, group-normalised, running baseline) and PPO's clipped form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pit_jax.core import metric
+from pit_jax.core.errors import invalid
+from pit_jax.core.metric import Metric, Metrics
+from pit_jax.core.types import Experience
+from pit_jax.losses import kl
+
+_KINDS = ("reinforce", "ppo_clip")
+_NORMALISATIONS = ("sequence", "token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """What is maximised.
+
+    Attributes:
+      kind: "reinforce" for samples of the current parameters, "ppo_clip" for several updates on one batch.
+      clip_range: how far PPO's probability ratio counts, to both sides of 1.
+      normalisation: "sequence" sums over a sequence's tokens and averages over sequences, which is the gradient of
+        the expected reward (PIT, RLOO); "token" averages over all tokens, so that long sequences weigh more per
+        batch and each token the same.
+    """
+
+    kind: str = "reinforce"
+    clip_range: float = 0.2
+    normalisation: str = "sequence"
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise invalid("PolicyLoss.kind", self.kind, f"be one of {_KINDS}", "Choose one of them.")
+        if self.normalisation not in _NORMALISATIONS:
+            rule = f"be one of {_NORMALISATIONS}"
+            raise invalid("PolicyLoss.normalisation", self.normalisation, rule, "Choose one of them.")
+        if not 0.0 < self.clip_range < 1.0:
+            raise invalid("PolicyLoss.clip_range", self.clip_range, "lie between 0 and 1", "0.2 is usual.")
+
+
+def policy_gradient(
+    logp: Float[Array, "B T"],
+    experience: Experience,
+    config: PolicyLoss,
+    entropy: Float[Array, "B T"] | None = None,
+) -> tuple[Metric, Metrics]:
+    """Return the policy-gradient loss of sampled responses.
+
+        reinforce:  loss_t = -A_t logp_t
+        ppo_clip:   loss_t = -min(ratio_t A_t, clip(ratio_t, 1 - c, 1 + c) A_t),   ratio_t = exp(logp_t - logp_old_t)
+
+    "sequence": sum_bt loss / number of sequences that have tokens; "token": sum_bt loss / number of tokens.
+    Advantages and all recorded log-probabilities are constants. Padding may hold anything, NaN included.
+
+    Args:
+      logp: `[B, T]` log-probabilities of the sampled tokens under the parameters being trained.
+      experience: with `[B, T]` arrays (one micro-batch).
+      config: which loss.
+      entropy: `[B, T]` entropy of the token distributions in nats, only reported.
+
+    Returns:
+      The loss, and metrics per token: `kl_old` (k3 of old against new policy), `ratio/mean`, `ratio/square`,
+      `clip_fraction` (PPO only: share of tokens whose gradient the clip cut off), `entropy` if given, and of
+      |logp_sampler - logp_old|, by which sampler and trainer disagree, `sampler_delta/mean` and
+      `sampler_delta/max`. Sums cannot carry a maximum over micro-batches: `max` is the largest of a micro-batch,
+      averaged over micro-batches.
+
+    Source: arXiv 2310.00898, section 3.4; Ahmadian et al. 2024 (arXiv 2402.14740); PPO: Schulman et al. 2017
+    (arXiv 1707.06347), equation 7.
+    """
+    mask = experience.inputs.response_segments != 0
+    logp = jnp.where(mask, logp, 0.0)
+    old = _constant(experience.logp_old, mask)
+    advantage = _constant(experience.advantage, mask)
+    metrics = _diagnostics(jax.lax.stop_gradient(logp), old, experience, mask)
+    if config.kind == "ppo_clip":
+        ratio = jnp.exp(logp - old)
+        limited = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
+        loss = -jnp.minimum(ratio * advantage, limited * advantage)
+        metrics["clip_fraction"] = metric.mean((limited * advantage < ratio * advantage).astype(jnp.float32), mask)
+    else:
+        loss = -advantage * logp
+    if entropy is not None:
+        metrics["entropy"] = metric.mean(jax.lax.stop_gradient(entropy), mask)
+    units = mask if config.normalisation == "token" else jnp.any(mask, axis=1)
+    return Metric(jnp.sum(loss), jnp.sum(units.astype(jnp.float32))), metrics
+
+
+def _constant(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+    return jax.lax.stop_gradient(jnp.where(mask, values, 0.0))
+
+
+def _diagnostics(
+    logp: Float[Array, "B T"], old: Float[Array, "B T"], experience: Experience, mask: Bool[Array, "B T"]
+) -> Metrics:
+    ratio = jnp.exp(logp - old)
+    delta = jnp.abs(_constant(experience.logp_sampler, mask) - old)
+    return {
+        "kl_old": metric.mean(kl.k3(old, logp), mask),
+        "ratio/mean": metric.mean(ratio, mask),
+        "ratio/square": metric.mean(jnp.square(ratio), mask),
+        "sampler_delta/mean": metric.mean(delta, mask),
+        "sampler_delta/max": metric.scalar(jnp.max(delta)),
+    }

@@ -1,0 +1,61 @@
+"""The facade of a conditional language model: all that the rest of the project knows of models."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
+from pit_jax.models.config import ModelConfig
+
+Attention = Literal["causal", "bidirectional"]
+Cache = Any
+"""What a model remembers while it decodes: a tree of arrays, opaque to everyone else."""
+
+
+class ConditionalLM(Protocol):
+    """p(response | prompt): frozen, hashable, static under jit; parameters are always arguments.
+
+    `key` is the dropout key; None means no dropout. Rows may be packed (`Conditional`).
+    """
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture."""
+        ...
+
+    def init(self, key: jax.Array) -> Params:
+        """Return fresh parameters."""
+        ...
+
+    def abstract(self) -> Params:
+        """Return the parameters' tree with shapes and dtypes in place of arrays; nothing is allocated."""
+        ...
+
+    def axes(self) -> Params:
+        """Return the same tree with a tuple of logical axis names for each parameter."""
+        ...
+
+    def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
+        """Return the scores of each response token, `[B, T]` each, 0 at padding."""
+        ...
+
+    def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """Return, for each response token, the hidden state it is predicted from (which has not seen it)."""
+        ...
+
+    def hidden(
+        self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention
+    ) -> Hidden:
+        """Return the final hidden states at the prompts' and the responses' own positions."""
+        ...
+
+    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits of the first new token, and a cache with room for `max_new` of them."""
+        ...
+
+    def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
+        """Append one token to every row and return the logits of the next; at most `max_new` times."""
+        ...

@@ -1,0 +1,109 @@
+"""The one place where Flax modules and plain parameter trees meet.
+
+Modules are `flax.nnx` objects that hold `nnx.Param(value, axes=...)` and settings, nothing else. They live while a
+function is traced; every other part of the project sees nested dictionaries of arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from pit_jax.core.types import Params
+
+Module = TypeVar("Module", bound=nnx.Module)
+Build = Callable[[jax.Array], nnx.Module]
+
+
+@dataclasses.dataclass(frozen=True)
+class Definition:
+    """A module without its arrays: Flax's graph, the parameters' shapes, and their axis names."""
+
+    graph: Any
+    shapes: Params
+    axes: Params
+
+
+@functools.cache
+def definition(module: Callable[[jax.Array, Any], nnx.Module], config: Any) -> Definition:
+    """Return the definition of `module(key, config)`; nothing is allocated."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: module(jax.random.key(0), config)))
+    axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
+    return Definition(graph, nnx.to_pure_dict(state), traverse_util.unflatten_dict(axes))
+
+
+def initialise(module: Callable[[jax.Array, Any], nnx.Module], config: Any, key: jax.Array) -> Params:
+    """Return fresh parameters of `module(key, config)`."""
+    return nnx.to_pure_dict(nnx.state(module(key, config)))
+
+
+def bind(module: Callable[[jax.Array, Any], Module], config: Any, params: Params) -> Module:
+    """Return the module with the given parameters."""
+    return nnx.merge(definition(module, config).graph, params)
+
+
+def stacked(build: Callable[[jax.Array], Module], key: jax.Array, count: int) -> Module:
+    """Return `count` modules as one, whose parameters have a leading axis "layers"; use it with `run_layers`."""
+    keys = jax.random.split(key, count)
+    values = jax.vmap(lambda one: nnx.to_pure_dict(nnx.state(build(one))))(keys)
+    graph, state = nnx.split(nnx.eval_shape(lambda: build(jax.random.key(0))))
+    for _, variable in nnx.to_flat_state(state):
+        variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
+    return nnx.merge(nnx.split(nnx.merge(graph, state))[0], values)
+
+
+def run_layers(
+    stack: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    inputs: Any,
+    *,
+    scan: bool,
+    remat: str,
+) -> tuple[Any, Any]:
+    """Call `body(layer, carry, input) -> (carry, output)` for each layer of a `stacked` module.
+
+    Args:
+      stack: the layers.
+      body: what one layer does.
+      carry: what goes from layer to layer.
+      inputs: tree of arrays with a leading axis of layers; each layer gets its slice.
+      scan: one compiled layer in a loop, or unrolled.
+      remat: name of the rematerialisation policy (`ModelConfig.remat`).
+
+    Returns:
+      The last carry and the outputs, stacked along a leading axis.
+    """
+    graph, state = nnx.split(stack)
+
+    def step(carry: Any, layer: tuple[Params, Any]) -> tuple[Any, Any]:
+        return body(nnx.merge(graph, layer[0]), carry, layer[1])
+
+    if remat != "none":
+        # Inside a scan the loop already keeps the two computations apart.
+        step = jax.checkpoint(step, policy=_policy(remat), prevent_cse=not scan)
+    layers = (nnx.to_pure_dict(state), inputs)
+    if scan:
+        return jax.lax.scan(step, carry, layers)
+    # `unstack` splits once: the gradient is one concatenation, where that of indexing pads once per layer.
+    leaves, structure = jax.tree.flatten(layers)
+    outputs = []
+    for layer in zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True):
+        carry, output = step(carry, jax.tree.unflatten(structure, layer))
+        outputs.append(output)
+    return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
+
+
+def _policy(remat: str) -> Callable[..., bool] | None:
+    policies = jax.checkpoint_policies
+    return {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_saveable,
+        "dots_with_no_batch_dims": policies.dots_with_no_batch_dims_saveable,
+    }[remat]

@@ -1,0 +1,1 @@
+"""Reinforcement learning of the policy and of the improver: rollouts, rewards, experience, curriculum, alarms."""

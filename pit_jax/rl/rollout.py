@@ -1,0 +1,46 @@
+"""Rollouts: G sampled responses for every prompt of an RL step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from pit_jax.core.rng import key_for
+from pit_jax.core.types import Conditional, Params, Prompts, Samples
+from pit_jax.decode.batches import Response, Sampler, responses, row_keys, with_samples
+from pit_jax.text.codec import PromptRow, rows_to_prompts
+
+
+class Rollout(NamedTuple):
+    """N = X * G prompts and what was sampled for them, as NumPy arrays; row x * G + g is sample g of prompt x."""
+
+    prompts: Prompts
+    samples: Samples
+
+    @property
+    def inputs(self) -> Conditional:
+        """The same, token for token, as the policy gradient reads it."""
+        return with_samples(self.prompts, self.samples)
+
+    @property
+    def responses(self) -> list[Response]:
+        """The responses as lists of ids, for the reward models."""
+        return responses(self.samples)
+
+
+def rollout_keys(seed: int, step: int, count: int) -> Key[Array, " N"]:
+    """Return the keys of a step's samples: each depends on (seed, step, number of the sample in the step) only."""
+    return row_keys(key_for(seed, "rollout", step), np.arange(count))
+
+
+def rollout(
+    sampler: Sampler, params: Params, rows: Sequence[PromptRow], samples_per_prompt: int, keys: Key[Array, " N"]
+) -> Rollout:
+    """Sample `samples_per_prompt` responses for each of X prompts; `keys` has one key for each of the N samples."""
+    prompts = rows_to_prompts(rows, sampler.width, sampler.pad_id)
+    repeated = jax.tree.map(lambda leaf: np.repeat(leaf, samples_per_prompt, axis=0), prompts)
+    return Rollout(repeated, sampler.sample(params, repeated, keys))

@@ -1,0 +1,1 @@
+"""Meshes of devices, and the rules that lay named array axes out over them."""

@@ -1,0 +1,68 @@
+"""Plain language-model training on text: what a dialogue model trained from scratch needs before SFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+from pit_jax.core.errors import invalid
+from pit_jax.data.collate import all_batches, collator_for
+from pit_jax.data.open import DataSpec, open_examples, open_source
+from pit_jax.stages.run import Run
+from pit_jax.stages.sft import likelihood
+from pit_jax.stages.supervised import Trainer, Training, fresh_params, mean_over, train, with_loss
+from pit_jax.text.codec import Codec, Lengths
+from pit_jax.text.template import Templates
+from pit_jax.train.loop import finished
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModel:
+    """Stage: minimise -log p(text) on documents.
+
+    data: documents: `DataSpec.path` of JSON Lines with a `text` field, or of plain text files. Its folds decide
+      what is held out.
+    length: tokens of a training sequence.
+    """
+
+    verb: ClassVar[str] = "lm"
+    role: ClassVar[str] = ""
+    name: str
+    data: DataSpec
+    length: int
+    training: Training
+    z_loss: float = 0.0
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the length."""
+        if self.length < 2:
+            raise invalid("LanguageModel.length", self.length, "be at least 2", "256 is usual for small models.")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train, or continue, and return the last metrics."""
+        directory = run.begin(self, run.lm, inputs=() if self.init_from is None else (self.init_from,), snapshots={})
+        # One token of context before the first target, and no template: ordinary language modelling.
+        lengths = Lengths(inputs=1, targets=self.length)
+        codec = Codec(tokenizer=run.tokenizer, templates=Templates(policy="{prompt}", bos=False), lengths=lengths)
+        size, packing = self.training.batch_size, self.training.packing
+        collator = collator_for(
+            "lm", codec, batch_size=size, micro_batches=self.training.micro_batches, packing=packing
+        )
+        held_out = collator_for("lm", codec, batch_size=size, micro_batches=None, packing=None)
+        limit = self.training.evaluation_records
+        examples = open_examples(self.data, view="lm", split="validation", codec=codec, limit=limit)
+        objective = likelihood(run.lm, self.z_loss)
+        parts = list(all_batches(examples, held_out))
+        trainer = Trainer(
+            run=run,
+            name=self.name,
+            network=run.lm,
+            objective=objective,
+            training=self.training,
+            collator=collator,
+            source=open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)),
+            evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
+        )
+        train(trainer, fresh_params(run, run.lm, self.name) if self.init_from is None else run.trunk(self.init_from))
+        return finished(directory) or {}

@@ -1,0 +1,250 @@
+"""One step of reinforcement learning as a program for `train.loop.fit`: answer, score, weigh, update."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from pit_jax.core import metric
+from pit_jax.core.metric import Metric, Metrics
+from pit_jax.core.rng import key_for
+from pit_jax.core.types import Conditional, Params
+from pit_jax.data.source import Source
+from pit_jax.data.views import Example
+from pit_jax.decode.batches import Response, Sampler, Scorer, as_reference
+from pit_jax.io.checkpoint import Checkpoints
+from pit_jax.models.api import ConditionalLM
+from pit_jax.models.heads import ValueModel
+from pit_jax.rl import monitor, reward
+from pit_jax.rl.config import RlConfig
+from pit_jax.rl.curriculum import Context, Curriculum, Round, contexts, records_per_step
+from pit_jax.rl.experience import Baseline, Measured, batches, build, token_scores, token_values
+from pit_jax.rl.rollout import Rollout, rollout, rollout_keys
+from pit_jax.sharding.place import put_batch
+from pit_jax.stages.supervised import count_tokens
+from pit_jax.text.codec import Codec, PromptRow
+from pit_jax.train.loop import TOKENS
+from pit_jax.train.state import TrainState
+from pit_jax.train.step import Step
+
+HeldOut = Callable[[Params], dict[str, float]]
+"""Answers held-out prompts with language-model parameters and returns what the judge and the reward say."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Frozen:
+    """Parameters that RL reads and never changes: KL anchor, reward model, and the policy that writes references."""
+
+    anchor: Params
+    reward: Params
+    policy: Params | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What an RL program is made of.
+
+    improver: whether prompts hold a reference (M_PIT with r_gap) or not (M_P with R_P).
+    contexts: prompts (with a reference each, for the improver) of a step; each is answered G times.
+    policy_sampler: for references of kind "policy".
+    snapshots: number of steps done -> parameters are kept for good.
+    judge_every: steps between looks of the held-out judge for the monitor, 0 for none.
+    """
+
+    lm: ConditionalLM
+    codec: Codec
+    seed: int
+    mesh: Mesh
+    improver: bool
+    config: RlConfig
+    curriculum: Curriculum
+    contexts: int
+    micro_batches: int
+    sampler: Sampler
+    policy_sampler: Sampler
+    scorer: Scorer
+    source: Source
+    step: Step
+    monitor: monitor.MonitorConfig
+    held_out: HeldOut
+    judge_every: int
+    kept: Checkpoints
+    snapshots: tuple[int, ...]
+
+
+class RlProgram:
+    """REINFORCE-style RL of a policy or an improver.
+
+    Beside the train state it remembers the data position, the running baseline and the monitor; samples depend
+    on (seed, step) only, so a restarted run draws the same ones.
+    """
+
+    def __init__(self, parts: Parts, frozen: Frozen, say: Callable[[str], None]) -> None:
+        self._parts, self._frozen, self._say = parts, frozen, say
+        self._baseline = Baseline()
+        self._monitor = monitor.MonitorState(beta=parts.config.beta)
+
+    def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
+        """Do one RL step: contexts, rollouts, rewards, advantages, update(s)."""
+        parts = self._parts
+        self.keep_snapshot(state, step)
+        here = parts.curriculum.at(step).round
+        params = self._lm_params(state)
+        met = self._contexts(here, params, step)
+        rolled = rollout(
+            parts.sampler, params, [self._row(context) for context in met], parts.config.samples_per_prompt,
+            rollout_keys(parts.seed, step, len(met) * parts.config.samples_per_prompt),
+        )  # fmt: skip
+        measured = self._measure(state, met, rolled)
+        experience, stats = build(parts.config, measured, self._monitor.beta, self._baseline.mean)
+        update_key = key_for(parts.seed, "update", step)
+        updates = []
+        for batch in batches(experience, parts.config, parts.micro_batches, update_key):
+            state, metrics = parts.step(state, put_batch(batch, parts.mesh, row_axis=1), update_key)
+            updates.append(metrics)
+        logged = stats | {name: _sum([update[name] for update in updates]) for name in updates[0]}
+        logged |= self._watch(stats, state, step)
+        logged[TOKENS] = Metric(np.float32(count_tokens(rolled.inputs)), np.float32(1))
+        return state, logged
+
+    def keep_snapshot(self, state: TrainState, step: int) -> None:
+        """Save the parameters for good if `step` updates are one of the points that are kept."""
+        if step in self._parts.snapshots and step not in self._parts.kept.steps():
+            self._parts.kept.save(step, {"params": state.params}, {})
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Return what the judge and the reward model say on held-out prompts."""
+        return self._parts.held_out(self._lm_params(state))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return data position, baseline and monitor."""
+        return {
+            "source": self._parts.source.state(),
+            "baseline": self._baseline.mean,
+            "monitor": self._monitor.to_json(),
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Continue where `snapshot` was taken."""
+        self._parts.source.restore(snapshot["source"])
+        self._baseline = Baseline(mean=snapshot["baseline"])
+        self._monitor = monitor.MonitorState.from_json(snapshot["monitor"])
+
+    def _lm_params(self, state: TrainState) -> Params:
+        return state.params["trunk"] if self._parts.config.estimator == "ppo" else state.params
+
+    def _contexts(self, here: Round, params: Params, step: int) -> list[Context]:
+        parts = self._parts
+        records = parts.source.take(records_per_step(here, parts.contexts))
+        sampled: dict[str, list[tuple[int, ...]]] = {}
+        if {"policy", "improver"} & set(here.references):
+            assert self._frozen.policy is not None
+            keys = jax.random.split(key_for(parts.seed, "policy references", step), len(records))
+            rows = [parts.codec.policy_prompt(_ids(record["prompt"])) for record in records]
+            answers = parts.policy_sampler.answer(self._frozen.policy, rows, keys)
+            sampled["policy"] = [as_reference(parts.codec, answer) for answer in answers]
+        if "improver" in here.references:
+            sampled["improver"] = self._improved(params, records, sampled["policy"], step)
+        named = [{name: _reference(parts.codec, record, name) for name in record} for record in records]
+        return contexts(here, named, sampled)
+
+    def _improved(
+        self, params: Params, records: Sequence[Example], answers: Sequence[tuple[int, ...]], step: int
+    ) -> list[tuple[int, ...]]:
+        """Return the improver's own improvement of policy samples, for rounds with harder references."""
+        parts = self._parts
+        rows = [
+            parts.codec.improver_prompt(_ids(record["prompt"]), answer)
+            for record, answer in zip(records, answers, strict=True)
+        ]
+        keys = jax.random.split(key_for(parts.seed, "improver references", step), len(rows))
+        return [as_reference(parts.codec, answer) for answer in parts.sampler.answer(params, rows, keys)]
+
+    def _row(self, context: Context) -> PromptRow:
+        codec = self._parts.codec
+        return codec.improver_prompt(*context) if self._parts.improver else codec.policy_prompt(context.prompt)
+
+    def _measure(self, state: TrainState, met: Sequence[Context], rolled: Rollout) -> Measured:
+        parts, params = self._parts, self._lm_params(state)
+        inputs: Conditional = put_batch(rolled.inputs, parts.mesh, row_axis=0)
+        scores = token_scores(parts.lm, params, inputs, parts.micro_batches)
+        anchor = token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches)
+        values = jnp.zeros_like(scores.logp)
+        if parts.config.estimator == "ppo":
+            values = token_values(ValueModel(parts.lm), state.params, inputs, parts.micro_batches)
+        answered = [context for context in met for _ in range(parts.config.samples_per_prompt)]
+        earned, reference = self._rewards(met, answered, rolled.responses)
+        repeat = parts.config.samples_per_prompt
+        return Measured(
+            inputs=inputs,
+            logp_sampler=jnp.asarray(rolled.samples.logp),
+            logp_old=scores.logp,
+            logp_anchor=anchor.logp,
+            values=values,
+            entropy=scores.entropy,
+            reward=jnp.asarray(earned),
+            reference_reward=jnp.asarray(np.repeat(reference, repeat)),
+            reference_length=jnp.asarray([len(context.reference) + 1.0 for context in answered], jnp.float32),
+            finished=jnp.asarray(rolled.samples.finished),
+        )
+
+    def _rewards(
+        self, met: Sequence[Context], answered: Sequence[Context], answers: Sequence[Response]
+    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " X"]]:
+        """Return the rewards of the answers, and those of the references themselves."""
+        parts, params = self._parts, self._frozen.reward
+        if parts.improver:
+            return (
+                reward.gap_reward(parts.scorer, params, parts.codec, answered, answers),
+                reward.calibration(parts.scorer, params, parts.codec, met),
+            )
+        references = [Response(context.reference, finished=True) for context in met]
+        prompts, reference_prompts = ([context.prompt for context in group] for group in (answered, met))
+        return (
+            reward.policy_reward(parts.scorer, params, parts.codec, prompts, answers),
+            reward.policy_reward(parts.scorer, params, parts.codec, reference_prompts, references),
+        )
+
+    def _watch(self, stats: Metrics, state: TrainState, step: int) -> Metrics:
+        """Update baseline and monitor; return what they add to the log."""
+        parts = self._parts
+        names = ("reward/mean", "reward/with_kl", "kl/mean", "length/mean", "length/reference")
+        now = metric.values({name: stats[name] for name in names})
+        self._baseline = self._baseline.updated(now["reward/with_kl"], parts.config.baseline_decay)
+        seen = {
+            "reward": now["reward/mean"], "kl": now["kl/mean"], "length": now["length/mean"],
+            "reference_length": now["length/reference"],
+        }  # fmt: skip
+        self._monitor = monitor.observe(self._monitor, parts.monitor, seen)
+        added: Metrics = {"beta": Metric(np.float32(self._monitor.beta), np.float32(1))}
+        if parts.judge_every and (step + 1) % parts.judge_every == 0:
+            judged = parts.held_out(self._lm_params(state))["judge"]
+            self._monitor = monitor.observe_judge(self._monitor, judged)
+            added["judge"] = Metric(np.float32(judged), np.float32(1))
+        found = monitor.alarms(self._monitor, parts.monitor)
+        self._monitor, messages = monitor.control(self._monitor, parts.monitor, parts.config.beta, found)
+        for message in messages:
+            self._say(f"step {step + 1}: {message}")
+        return added | {"alarms": Metric(np.float32(len(found)), np.float32(1))}
+
+
+def _ids(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(array.tolist())
+
+
+def _reference(codec: Codec, record: Example, name: str) -> tuple[int, ...]:
+    """Return a field of a record; replies without their EOS, as references are."""
+    ids = _ids(record[name])
+    return ids if name == "prompt" else codec.without_eos(ids)
+
+
+def _sum(metrics: Sequence[Metric]) -> Metric:
+    total, weight = (sum(part[1:], part[0]) for part in zip(*metrics, strict=True))
+    return Metric(total, weight)

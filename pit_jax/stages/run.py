@@ -1,0 +1,232 @@
+"""A run directory: what its stages share, and how one stage finds what another has made.
+
+MODEL_DIR/
+  run.json                  seed and experiment; a run of another seed or experiment is refused
+  tokenizer/                trained here or copied here
+  STAGE/stage.json          manifest: stage config, network, templates, lengths, tokenizer
+  STAGE/tokenizer/          so that a stage's directory can be used on its own
+  STAGE/checkpoint_STEP/    parameters, optimiser, step, data position
+  STAGE/snapshots/          parameters kept at chosen steps and at the end of curriculum rounds
+  STAGE/metrics.jsonl       one line a record
+  report/                   tables and pictures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from pit_jax.core.errors import CheckpointError, DataError, invalid
+from pit_jax.core.rng import stream_id
+from pit_jax.data.folds import Split
+from pit_jax.data.open import DataSpec, open_examples, open_records, open_source
+from pit_jax.data.source import Source
+from pit_jax.data.views import Example
+from pit_jax.core.types import Params
+from pit_jax.io import files, serialize
+from pit_jax.models.config import ModelConfig
+from pit_jax.models.presets.catalog import language_model
+from pit_jax.sharding.mesh import MeshConfig, make_mesh
+from pit_jax.stages.artifact import MANIFEST, RESULT, Artifact, Network, abstract_params, claim, different, split_reference
+from pit_jax.text.codec import Codec, Lengths
+from pit_jax.text.template import Templates
+from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What all stages of a run have in common.
+
+    model: the network's config. data: where preference records come from. tokenizer: a path, "bytes", or a
+    training to be run on the experiment's own texts. lengths: token budgets, as `Lengths` or as
+    `{'inputs': .., 'targets': ..}`. judge: import path `module:function` of a program that scores a response,
+    if the data has one.
+    """
+
+    model: ModelConfig
+    data: DataSpec
+    tokenizer: str | SentencePieceTraining
+    lengths: Lengths | Mapping[str, int]
+    templates: Templates = Templates()
+    mesh: MeshConfig = MeshConfig()
+    judge: str | None = None
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+    def __post_init__(self) -> None:
+        """Accept lengths as the mapping T5X users write."""
+        if isinstance(self.lengths, Mapping):
+            if set(self.lengths) != {"inputs", "targets"}:
+                raise invalid(
+                    "TASK_FEATURE_LENGTHS", dict(self.lengths), "have the keys 'inputs' and 'targets'", "Set both."
+                )
+            object.__setattr__(self, "lengths", Lengths(**self.lengths))
+
+
+class Run:
+    """One run directory, opened for writing: `Run.claim` checks that it belongs to this seed and experiment."""
+
+    def __init__(self, model_dir: str, seed: int, experiment: Experiment) -> None:
+        self.directory = epath.Path(model_dir)
+        self.seed = seed
+        self.experiment = experiment
+        self.lm = language_model(experiment.model)
+
+    @classmethod
+    def claim(cls, model_dir: str, seed: int, experiment: Experiment) -> Run:
+        """Open `model_dir` for this seed and experiment, making it where it does not exist.
+
+        Raises:
+          CheckpointError: the directory holds a run of another seed or experiment; the first differing
+            setting is named. Nothing is changed then.
+        """
+        run = cls(model_dir, seed, experiment)
+        claim(run.directory / "run.json", {"seed": seed, "experiment": serialize.to_json(experiment)}, what="run")
+        if run.tokenizer.vocab_size > experiment.model.vocab_size:
+            raise invalid(
+                "vocab_size", experiment.model.vocab_size,
+                f"be at least the tokenizer's vocabulary of {run.tokenizer.vocab_size} pieces",
+                "Raise the model's vocab_size or use a smaller tokenizer.",
+            )  # fmt: skip
+        return run
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer, trained or copied into the run directory on first use."""
+        directory = self.directory / "tokenizer"
+        if directory.exists():
+            return load_tokenizer(str(directory))
+        chosen = self.experiment.tokenizer
+        if isinstance(chosen, str):
+            tokenizer = load_tokenizer(chosen)
+            tokenizer.save(directory)
+            return tokenizer
+        return train_sentencepiece(self._texts(), chosen, directory)
+
+    def _texts(self) -> Iterator[str]:
+        for record in open_records(self.experiment.data, split="train"):
+            yield from (record.prompt, record.chosen, record.rejected)
+
+    @functools.cached_property
+    def codec(self) -> Codec:
+        """How records become token rows in this run."""
+        assert isinstance(self.experiment.lengths, Lengths)
+        return Codec(tokenizer=self.tokenizer, templates=self.experiment.templates, lengths=self.experiment.lengths)
+
+    def seed_for(self, stream: str) -> int:
+        """Return a seed of its own for a stage or another stream of random numbers."""
+        return (self.seed * 1_000_003 + stream_id(stream)) % (1 << 31)
+
+    def source(self, view: str, split: Split, *, stream: str) -> Source:
+        """Return a seeded endless source of one view's examples; `stream` tells stages apart."""
+        return open_source(self.experiment.data, view=view, split=split, codec=self.codec, seed=self.seed_for(stream))
+
+    def examples(self, view: str, split: Split, *, limit: int) -> list[Example]:
+        """Return the first `limit` examples of a view, in the data's own order.
+
+        Raises:
+          DataError: there are none.
+        """
+        found = open_examples(self.experiment.data, view=view, split=split, codec=self.codec, limit=limit)
+        if not found:
+            raise DataError(
+                f"The {split} split has no example for view {view!r}. "
+                "Give more data, or raise DataSpec's validation fraction."
+            )
+        return found
+
+    def stage_directory(self, name: str) -> epath.Path:
+        """Return where a stage keeps everything it makes."""
+        return self.directory / name
+
+    @functools.cached_property
+    def mesh(self) -> Mesh:
+        """The run's device mesh."""
+        return make_mesh(self.experiment.mesh)
+
+    def begin(self, stage: Any, network: Network, *, inputs: Sequence[str], snapshots: Mapping[str, int]) -> epath.Path:
+        """Claim a stage's directory and make it usable on its own; return it.
+
+        Args:
+          stage: the stage's config (a dataclass with `name`, `verb` and `role`).
+          network: whose parameters the stage trains.
+          inputs: references of the checkpoints the stage starts from or reads.
+          snapshots: names of parameters kept for good -> the step after which they are kept.
+
+        Raises:
+          CheckpointError: the directory belongs to another configuration, or to other inputs.
+        """
+        directory = self.stage_directory(stage.name)
+        self.check_finished(stage)
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "tokenizer").exists():
+            self.tokenizer.save(directory / "tokenizer")
+        manifest = {
+            "seed": self.seed,
+            "verb": stage.verb,
+            "role": stage.role,
+            "stage": serialize.to_json(stage),
+            "network": serialize.to_json(network),
+            "templates": serialize.to_json(self.codec.templates),
+            "lengths": serialize.to_json(self.codec.lengths),
+            "tokenizer": self.tokenizer.fingerprint(),
+            "inputs": {reference: files.json_hash(self.artifact(reference).manifest) for reference in inputs},
+            "snapshots": dict(snapshots),
+        }
+        claim(directory / MANIFEST, manifest, what="stage")
+        return directory
+
+    def check_finished(self, stage: Any) -> None:
+        """Raise CheckpointError if the stage's directory was made with another configuration of the stage."""
+        path = self.stage_directory(stage.name) / MANIFEST
+        if path.exists():
+            found = serialize.differences(files.read_json(path)["stage"], serialize.to_json(stage))
+            if found:
+                raise CheckpointError(different(path.parent, f"stage {stage.name!r}", found))
+
+    def artifact(self, reference: str) -> Artifact:
+        """Return the stage a reference names: a stage of this run, or a path to one of another run.
+
+        Raises:
+          CheckpointError: it does not exist, was not finished, or has another network than this run.
+        """
+        place, _ = split_reference(reference)
+        external = "/" in place
+        artifact = Artifact(place if external else self.stage_directory(place))
+        if not (external or artifact.finished):
+            raise CheckpointError(
+                f"{artifact.directory} is not finished. Run the stage {place!r} first (`pit-jax pipeline` does)."
+            )
+        found = serialize.differences(serialize.to_json(artifact.lm), serialize.to_json(self.lm))
+        if found:
+            raise CheckpointError(
+                f"{artifact.directory} holds another model than this run's: {found[0]}. "
+                "Set the experiment's model to that of the checkpoint."
+            )
+        return artifact
+
+    def params(self, reference: str) -> Params:
+        """Return the parameters of a checkpoint, with its head if it has one."""
+        return self.artifact(reference).params(split_reference(reference)[1], self.mesh)
+
+    def trunk(self, reference: str) -> Params:
+        """Return the language-model parameters of a checkpoint of any kind."""
+        return self.artifact(reference).trunk(split_reference(reference)[1], self.mesh)
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """Return what a finished stage reported, None while it is not finished."""
+        path = self.stage_directory(stage) / RESULT
+        return files.read_json(path) if path.exists() else None
+
+    def finish(self, stage: str, result: Mapping[str, Any]) -> None:
+        """Write a stage's result, which also marks it as finished."""
+        files.write_json(self.stage_directory(stage) / RESULT, dict(result))
+
+    def shapes(self, network: Network) -> Params:
+        """Return abstract parameters with their places on the run's mesh."""
+        return abstract_params(network, self.mesh)

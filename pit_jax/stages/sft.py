@@ -1,0 +1,85 @@
+"""Supervised fine-tuning: M_P(y_w | x) and M_PIT(y_w | x, y_l) (PIT, arXiv 2310.00898, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import jax
+
+from pit_jax.core.errors import invalid
+from pit_jax.core.metric import Metric, Metrics
+from pit_jax.core.types import Conditional, Params
+from pit_jax.data.collate import all_batches, collator_for
+from pit_jax.losses.cross_entropy import cross_entropy
+from pit_jax.models.api import ConditionalLM
+from pit_jax.stages.run import Run
+from pit_jax.stages.supervised import Trainer, Training, fresh_params, mean_over, train, with_loss
+from pit_jax.train.loop import finished
+from pit_jax.train.step import Objective
+
+ROLES = ("policy", "improver")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Stage: maximise log p(y_w | x) for the policy, log p(y_w | x, y_l) for the improver, on D_SFT.
+
+    init_from: a stage of the run (such as "pretrain") or a path to start from; None starts from scratch.
+    z_loss: weight of the softmax-normaliser penalty.
+    """
+
+    verb: ClassVar[str] = "sft"
+    name: str
+    role: Literal["policy", "improver"]
+    training: Training
+    init_from: str | None = None
+    z_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the role."""
+        if self.role not in ROLES:
+            raise invalid("Sft.role", self.role, f"be one of {ROLES}", "Choose one of them.")
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Train, or continue, or only report what is finished; return the last metrics."""
+        inputs = () if self.init_from is None else (self.init_from,)
+        directory = run.begin(self, run.lm, inputs=inputs, snapshots={})
+        params = fresh_params(run, run.lm, self.name) if self.init_from is None else run.trunk(self.init_from)
+        train_language_model(run, self.name, f"sft_{self.role}", self.training, self.z_loss, params)
+        return finished(directory) or {}
+
+
+def train_language_model(
+    run: Run, name: str, view: Literal["sft_policy", "sft_improver"], training: Training, z_loss: float, params: Params
+) -> None:
+    """Train on the {inputs, targets} examples of a view, with the cross-entropy of the validation split as evaluation."""
+    collator = collator_for(
+        view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches, packing=training.packing
+    )
+    held_out = collator_for(view, run.codec, batch_size=training.batch_size, micro_batches=None, packing=None)
+    parts = list(all_batches(run.examples(view, "validation", limit=training.evaluation_records), held_out))
+    objective = likelihood(run.lm, z_loss)
+    train(
+        Trainer(
+            run=run,
+            name=name,
+            network=run.lm,
+            objective=objective,
+            training=training,
+            collator=collator,
+            source=run.source(view, "train", stream=name),
+            evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
+        ),
+        params,
+    )
+
+
+def likelihood(lm: ConditionalLM, z_loss: float) -> Objective:
+    """Return the objective -log p(response | prompt) per response token."""
+
+    def objective(params: Params, batch: Conditional, key: jax.Array | None) -> tuple[Metric, Metrics]:
+        drop = key if lm.config.dropout > 0 else None
+        return cross_entropy(lm.logprobs(params, batch, drop), batch.response_segments > 0, z_loss)
+
+    return objective

@@ -1,0 +1,1 @@
+"""Optimisers, the training step and the one loop that all training stages share."""

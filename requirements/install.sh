@@ -1,0 +1,28 @@
+#!/bin/sh
+# Install pit_jax (editable) into the environment of a Python: sh requirements/install.sh .venv/bin/python [parity]
+# Uses uv where it can be installed, because it is many times faster, and plain pip otherwise.
+set -eu
+python=$1
+extra=${2:-}
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+lock=requirements/lock-$version.txt
+
+"$python" -m pip install --quiet --disable-pip-version-check uv ||
+    echo "uv is not to be had; going on with pip." >&2
+
+install() {
+    if "$python" -m uv --version >/dev/null 2>&1; then
+        "$python" -m uv pip install --python "$python" "$@" && return
+        echo "uv failed; trying pip." >&2
+    fi
+    "$python" -m pip install --disable-pip-version-check "$@"
+}
+
+if [ "$extra" = parity ]; then
+    # The CPU build of torch is a tenth of the default one; only uv knows how to ask for it by name.
+    export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"
+    install --constraint "$lock" --no-build-isolation --editable ".[parity]"
+    exit
+fi
+install --requirement "$lock"
+install --no-deps --no-build-isolation --editable .

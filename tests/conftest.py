@@ -1,0 +1,52 @@
+"""Test set-up: four fake CPU devices, strict JAX, warnings as errors, and a compilation cache between runs."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pit_jax" / "test-compilations"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+MARKS = {
+    "slow": "takes minutes; run with `-m slow`",
+    "parity": "needs other software (torch, transformers, ...); run with `-m parity`",
+}
+# Third-party code that warns on import or in its own internals; a warning caused by pit_jax stays an error.
+IGNORED_WARNINGS = (
+    "ignore::DeprecationWarning",
+    "error::DeprecationWarning:pit_jax",
+    "ignore::PendingDeprecationWarning",
+    "ignore::FutureWarning:tensorflow",
+    "ignore::ResourceWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marks and turn warnings into errors."""
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
+    config.addinivalue_line("filterwarnings", "error")
+    for line in IGNORED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out slow and parity tests unless `-m` says what is wanted."""
+    if config.getoption("-m"):
+        return
+    left_out = [item for item in items if any(mark in item.keywords for mark in MARKS)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

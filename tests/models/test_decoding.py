@@ -1,0 +1,65 @@
+"""Decoding with a cache equals the full forward pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pit_jax.core.errors import ConfigError
+from pit_jax.models.decoder_only import DecoderOnly
+
+from . import tiny
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_cached_decoding_equals_the_full_pass(name: str) -> None:
+    lm = tiny.MODELS[name]
+    params = lm.init(jax.random.key(2))
+    examples = [([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]), ([12], [13, 14, 15, 16, 17]), ([18, 19, 20], [1] * 5)]
+    x = tiny.batch([[example] for example in examples], 6, 5, references=2)
+    expected = jax.jit(lm.logprobs)(params, x)
+    logits, cache = jax.jit(lm.prefill, static_argnums=2)(params, tiny.prompts_of(x), 5)
+    step = jax.jit(lm.step)
+    for t in range(5):
+        assert logits.dtype == jnp.float32
+        rows = np.arange(len(examples))
+        logp = jax.nn.log_softmax(logits)
+        np.testing.assert_allclose(logp[rows, np.asarray(x.response[:, t])], expected.logp[:, t], atol=1e-5)
+        np.testing.assert_allclose(jax.nn.logsumexp(logits, axis=-1), expected.log_z[:, t], atol=1e-5)
+        logits, cache = step(params, cache, x.response[:, t])
+    # The call after the last token has room too.
+    assert np.all(np.isfinite(logits))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_rows_do_not_depend_on_their_batch_mates_or_on_padding(name: str) -> None:
+    lm = tiny.MODELS[name]
+    params = lm.init(jax.random.key(3))
+    alone = tiny.batch([[([5, 6, 7], [8, 9])]], 3, 2)
+    among = tiny.batch([[([1, 2, 3, 4, 5], [3, 3])], [([5, 6, 7], [8, 9])]], 8, 2)
+    one, one_cache = lm.prefill(params, tiny.prompts_of(alone), 2)
+    two, two_cache = lm.prefill(params, tiny.prompts_of(among), 4)
+    np.testing.assert_allclose(one[0], two[1], atol=1e-5)
+    one, _ = lm.step(params, one_cache, alone.response[:, 0])
+    two, _ = lm.step(params, two_cache, among.response[:, 0])
+    np.testing.assert_allclose(one[0], two[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rotary", "learned", "t5"])
+def test_the_cache_is_carried_without_copies(name: str) -> None:
+    lm = tiny.MODELS[name]
+    prompts = tiny.prompts_of(tiny.batch([[([5, 6, 7], [8])]], 3, 1))
+    params = lm.init(jax.random.key(3))
+    _, cache = lm.prefill(params, prompts, 4)
+    step = jax.jit(lm.step, donate_argnums=1)
+    compiled = step.lower(params, cache, jnp.zeros(1, jnp.int32)).compile()
+    assert compiled.memory_analysis().alias_size_in_bytes >= cache.keys.nbytes + cache.values.nbytes
+
+
+def test_learned_positions_must_suffice() -> None:
+    lm = DecoderOnly(tiny.LEARNED)
+    prompts = tiny.prompts_of(tiny.batch([[([5], [8])]], 30, 1))
+    with pytest.raises(ConfigError, match="max_positions = 32 must be at least 30 prompt tokens"):
+        lm.prefill(lm.init(jax.random.key(0)), prompts, 3)

@@ -1,0 +1,64 @@
+"""Test-only: the smallest models that have every feature, and batches written as lists."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from pit_jax.core.types import Conditional, Prompts
+from pit_jax.models.decoder_only import DecoderOnly, DecoderOnlyConfig
+from pit_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+
+VOCABULARY = 48
+_SHAPE = dict(vocab_size=VOCABULARY, width=16, heads=2, head_dim=8, mlp=24, role_embedding=True, tied=False)
+_DECODER = _SHAPE | dict(layers=2, kv_heads=1)
+
+ROTARY = DecoderOnlyConfig(**_DECODER)
+LEARNED = DecoderOnlyConfig(**_DECODER, position="learned", max_positions=32, qkv_bias=True, scan_layers=False)
+WINDOWED = DecoderOnlyConfig(
+    **_DECODER, window=3, global_every=2, post_norms=True, norm_offset=1.0, attention_softcap=5.0, logit_softcap=6.0
+)
+T5 = EncoderDecoderConfig(**_SHAPE, encoder_layers=2, decoder_layers=2, relative_buckets=8, relative_max_distance=16)
+
+DECODERS = {"rotary": DecoderOnly(ROTARY), "learned": DecoderOnly(LEARNED), "windowed": DecoderOnly(WINDOWED)}
+MODELS = DECODERS | {"t5": EncoderDecoder(T5)}
+FAMILIES = ["rotary", "t5"]
+
+Example = tuple[list[int], list[int]]
+"""Prompt and response."""
+
+
+def batch(rows: list[list[Example]], prompts: int, responses: int, *, references: int = 0) -> Conditional:
+    """Return rows of one or more examples, padded to the given widths.
+
+    The last `references` tokens of every prompt are its reference.
+    """
+    shape, other = (len(rows), prompts), (len(rows), responses)
+    prompt, prompt_segments, response, response_segments = (np.zeros(s, np.int32) for s in (shape, shape, other, other))
+    reference = np.zeros(shape, bool)
+    for row, examples in enumerate(rows):
+        at, to = 0, 0
+        for segment, (x, y) in enumerate(examples, start=1):
+            prompt[row, at : at + len(x)], prompt_segments[row, at : at + len(x)] = x, segment
+            response[row, to : to + len(y)], response_segments[row, to : to + len(y)] = y, segment
+            at, to = at + len(x), to + len(y)
+            reference[row, at - min(references, len(x)) : at] = True
+    return Conditional(
+        prompt=jnp.asarray(prompt),
+        prompt_segments=jnp.asarray(prompt_segments),
+        prompt_reference=jnp.asarray(reference),
+        response=jnp.asarray(response),
+        response_segments=jnp.asarray(response_segments),
+    )
+
+
+def prompts_of(x: Conditional) -> Prompts:
+    """Return the prompts of an unpacked batch."""
+    return Prompts(tokens=x.prompt, mask=x.prompt_segments > 0, reference=x.prompt_reference)
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    """Return examples of several lengths."""
+    random = np.random.default_rng(seed)
+    lengths = [(int(random.integers(2, 6)), int(random.integers(1, 6))) for _ in range(count)]
+    return [tuple(random.integers(1, VOCABULARY, length).tolist() for length in pair) for pair in lengths]

@@ -1,0 +1,43 @@
+"""Attention masks against their definitions, entry by entry."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from pit_jax.ops import mask as masks
+
+Q_POSITIONS = jnp.array([[0, 1, 2, 0], [3, 4, 5, 6]])
+K_POSITIONS = jnp.array([[0, 1, 0, 1, 2], [2, 3, 4, 5, 6]])
+Q_SEGMENTS = jnp.array([[1, 1, 2, 0], [1, 2, 2, 2]])
+K_SEGMENTS = jnp.array([[1, 1, 2, 2, 0], [1, 1, 2, 0, 0]])
+
+
+def _table(rule, queries, keys) -> np.ndarray:
+    queries, keys = np.asarray(queries), np.asarray(keys)
+    return np.array(
+        [[[[rule(q, k) for k in row_k] for q in row_q]] for row_q, row_k in zip(queries, keys, strict=True)]
+    )
+
+
+def test_causal():
+    want = _table(lambda q, k: k <= q, Q_POSITIONS, K_POSITIONS)
+    np.testing.assert_array_equal(masks.causal(Q_POSITIONS, K_POSITIONS), want)
+
+
+def test_same_segment_leaves_padding_out():
+    want = _table(lambda q, k: q == k and k > 0, Q_SEGMENTS, K_SEGMENTS)
+    np.testing.assert_array_equal(masks.same_segment(Q_SEGMENTS, K_SEGMENTS), want)
+    assert not want[0, 0, 3].any()
+
+
+def test_window_is_two_sided():
+    want = _table(lambda q, k: -2 < q - k < 2, Q_POSITIONS, K_POSITIONS)
+    np.testing.assert_array_equal(masks.window(Q_POSITIONS, K_POSITIONS, 2), want)
+
+
+def test_both():
+    causal, same = masks.causal(Q_POSITIONS, K_POSITIONS), masks.same_segment(Q_SEGMENTS, K_SEGMENTS)
+    np.testing.assert_array_equal(masks.both(causal, None, same), np.asarray(causal) & np.asarray(same))
+    assert masks.both(None, None) is None
+    assert masks.both(None, same) is same

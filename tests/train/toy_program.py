@@ -1,0 +1,95 @@
+"""A toy program for the loop's tests, also run as a process of its own: DIRECTORY [--steps N] [--pause SECONDS]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pit_jax.core import metric
+from pit_jax.core.errors import PitError
+from pit_jax.core.rng import key_for
+from pit_jax.train import state as states
+from pit_jax.train.loop import Interrupted, Loop, RunFiles, fit
+from pit_jax.train.optim import Optimizer, build
+from pit_jax.train.step import make_step
+
+OPTIMIZER = Optimizer(learning_rate=0.05, schedule="cosine", warmup_steps=1)
+
+
+def objective(params, batch, key):
+    noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+    error = jnp.tanh(batch["x"] @ params["kernel"]) @ params["out"] - batch["y"] + noise
+    loss = metric.mean(error**2)
+    return loss, {"tokens": metric.Metric(loss.weight, jnp.ones(())), "bias": metric.mean(error)}
+
+
+class Toy:
+    """Linear data drawn from a stream whose position must be restored, and a running mean kept on the host."""
+
+    def __init__(self, steps, *, poison=None, pause=0.0, on_step=None):
+        self.next, self.running = 0, 0.0
+        self.poison, self.pause, self.on_step = poison, pause, on_step
+        self.evaluated = []
+        self._step = make_step(objective, OPTIMIZER, steps=steps)
+
+    def batch(self):
+        rng = np.random.default_rng(self.next)
+        self.next += 3
+        x = rng.normal(size=(2, 4, 5)).astype(np.float32)
+        return {"x": x, "y": x.sum(axis=-1)}
+
+    def advance(self, state, step):
+        time.sleep(self.pause)
+        batch = self.batch()
+        if step == self.poison:
+            batch["y"] = batch["y"] * np.float32("nan")
+        state, metrics = self._step(state, batch, key_for(0, "noise", step))
+        self.running = 0.9 * self.running + 0.1 * float(batch["x"].mean())
+        if self.on_step is not None:
+            self.on_step(step)
+        return state, metrics | {"running": metric.scalar(self.running)}
+
+    def evaluate(self, state):
+        self.evaluated.append(int(state.step))
+        return {"norm": float(jnp.linalg.norm(state.params["kernel"])), "undefined": float("nan")}
+
+    def snapshot(self):
+        return {"next": self.next, "running": self.running}
+
+    def restore(self, snapshot):
+        self.next, self.running = snapshot["next"], snapshot["running"]
+
+
+def start(steps, width=6):
+    one, two = jax.random.split(jax.random.key(7))
+    params = {"kernel": jax.random.normal(one, (5, width)), "out": jax.random.normal(two, (width,))}
+    return states.create(params, build(OPTIMIZER, steps))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--pause", type=float, default=0.0)
+    arguments = parser.parse_args()
+    loop = Loop(steps=arguments.steps, log_every=4, eval_every=5, checkpoint_every=3, eval_at_start=True)
+    run = RunFiles(directory=arguments.directory, name="toy", tensorboard=False)
+    try:
+        state = fit(Toy(arguments.steps, pause=arguments.pause), start(arguments.steps), loop, run)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_status
+    except PitError as error:
+        print(error, file=sys.stderr)
+        return 1
+    np.savez(f"{arguments.directory}/final.npz", **{str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
