@@ -22,7 +22,8 @@ from collections.abc import Sequence
 
 import seqio
 
-from pit_jax.data.seqio_tasks import register_preference_tasks
+from pit_jax.data.seqio_tasks import RECORDS, register_preference_tasks
+from pit_jax.data.views import view as view_named
 from pit_jax.io.files import json_hash
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
@@ -48,7 +49,11 @@ def task(
       tokenizer: "bytes", a SentencePiece model, or a directory with one.
       validation_path: the files of the validation split, which is otherwise cut out of `path`.
       templates: how a prompt and a reference become one prompt.
+    Raises:
+      DataError: there is no such view.
     """
+    if view != RECORDS:
+        view_named(view)
     codec = Codec(load_tokenizer(tokenizer), templates, Lengths(inputs=inputs, targets=targets))
     marks = [path, validation_path, inputs, targets, codec.tokenizer.fingerprint(), repr(templates)]
     family = f"jsonl_{json_hash(marks)[:12]}"

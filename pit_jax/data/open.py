@@ -19,7 +19,8 @@ from pit_jax.data.readers import ReadConfig, ReadReport, find_files, read_docume
 from pit_jax.data.schema import Document, Record, parse
 from pit_jax.data.source import BlockProvider, ListBlocks, ShuffledSource
 from pit_jax.data.stream import StreamBlocks
-from pit_jax.data.views import VIEWS, DropReport, Example, fold_for, lm_examples, make_examples, view as view_named
+from pit_jax.data.views import DropReport, Example, fold_for, lm_examples, make_examples
+from pit_jax.data.views import view as view_named
 from pit_jax.io.files import json_hash
 from pit_jax.io.serialize import to_json
 from pit_jax.text.codec import Codec

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from pit_jax.core.errors import DataError, nearest
 from pit_jax.data.folds import Fold
@@ -75,7 +76,7 @@ def examples_of_task(task: str, split: str, view: str) -> Iterator[Example]:
       DataError: the task has no such split, lacks a feature of the view, or a record cannot be read.
     """
     features = VIEWS[view].features
-    for element in _elements(task, split):
+    for element in _elements(task, split, features):
         missing = [name for name in features if name not in element]
         if missing:
             raise DataError(
@@ -115,12 +116,13 @@ def check_vocabulary(task: str, tokenizer: Tokenizer) -> None:
             )
 
 
-def _elements(task: str, split: str) -> Iterator[dict]:
+def _elements(task: str, split: str, features: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     provider = seqio.get_mixture_or_task(task)
     if split not in provider.splits:
         raise DataError(f"task {task!r} has no split {split!r}. It has {', '.join(sorted(provider.splits))}.")
     # A mixture keeps declared features only, and goes on for ever, unless told otherwise.
-    mixture = {"passthrough_features": ["reference"]} if isinstance(provider, seqio.Mixture) else {}
+    undeclared = [name for name in features if name not in provider.output_features]
+    mixture = {"passthrough_features": undeclared} if isinstance(provider, seqio.Mixture) else {}
     with unmarked():
         dataset: tf.data.Dataset = provider.get_dataset(
             None, split=split, shuffle=False, num_epochs=1, trim_output_features=False, **mixture

@@ -54,8 +54,6 @@ def parse_preferences(
         with a line in the log.
       convert: turns a raw record with other fields into one of the four shapes.
     """
-    if convert is None and _is_parsed(dataset.element_spec):
-        return dataset
     bad = _Counts("records that cannot be read")
 
     def parse_one(flat: list[Any]) -> list[Any]:
@@ -186,10 +184,6 @@ def _tell(report: views.DropReport, view: str) -> None:
     lost = report.dropped.total()
     if lost & (lost - 1) == 0:
         _log.info("%s: %s", view, report.summary())
-
-
-def _is_parsed(spec: Any) -> bool:
-    return isinstance(spec, dict) and set(spec) - {SPLIT} == set(RECORD_FIELDS)
 
 
 def _plain(value: Any) -> Any:

@@ -35,14 +35,14 @@ def as_data_source(source: PreferenceSource, read: ReadConfig) -> SplitSource:
     if isinstance(source, str) and source.startswith(TFDS):
         return SplitSource(seqio.TfdsDataSource(source.removeprefix(TFDS), splits={"train": "train"}))
     if callable(source):
-        return SplitSource(_python_source({"train": lambda: _parsed(source(), read)}))
+        return SplitSource(_python_source({"train": lambda: _parsed(source(), read)}), parsed=True)
     if isinstance(source, Iterator):
         raise DataError(
             f"the source is a {type(source).__name__}, which can be read only once. Give the function that makes it "
             "(without brackets), or a list."
         )
     if isinstance(source, Sequence) and source and isinstance(source[0], Mapping):
-        return SplitSource(_python_source({"train": lambda: _parsed(source, read)}))
+        return SplitSource(_python_source({"train": lambda: _parsed(source, read)}), parsed=True)
     if not isinstance(source, str | os.PathLike | Sequence | Mapping):
         raise DataError(
             f"the source is a {type(source).__name__}. Give the path of a JSON Lines file, a list or a dict "
@@ -54,7 +54,8 @@ def as_data_source(source: PreferenceSource, read: ReadConfig) -> SplitSource:
         _python_source(
             {split: functools.partial(_read, paths, read) for split, paths in files.items()},
             check=lambda split: find_files(files[split]),
-        )
+        ),
+        parsed=True,
     )
 
 
@@ -100,7 +101,9 @@ class SplitSource(seqio.DataSource):
     `assign_fold`, which knows the groups, keeps the right ones of each.
     """
 
-    def __init__(self, inner: seqio.DataSource) -> None:
+    def __init__(self, inner: seqio.DataSource, *, parsed: bool = False) -> None:
+        """Wrap a source; `parsed` says that its records are {id, group, prompt, chosen, rejected} already."""
+        self.parsed = parsed
         splits = tuple(inner.splits)
         if "train" not in splits:
             raise DataError(

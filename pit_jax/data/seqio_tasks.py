@@ -95,7 +95,7 @@ def register_preference_tasks(
         seqio.TaskRegistry.remove(task)
     data = as_data_source(source, read)
     steps: list[Preprocessor] = [
-        functools.partial(parse_preferences, read=read, convert=convert),
+        *([] if data.parsed else [functools.partial(parse_preferences, read=read, convert=convert)]),
         functools.partial(assign_fold, folds=folds, cut_validation=data.cut_validation),
         seqio.CacheDatasetPlaceholder(),
     ]

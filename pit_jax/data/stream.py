@@ -10,33 +10,41 @@ from pit_jax.core.errors import DataError
 from pit_jax.data.source import Fingerprint
 from pit_jax.data.views import Example
 
+# A few hundred bytes each.
+_KEEP_EXAMPLES = 50_000
 _log = logging.getLogger(__name__)
 
 
 class StreamBlocks:
     """Examples of a stream that can be opened again and again, such as a live SeqIO task.
 
-    The stream is read through once at the start, for its length and fingerprint. After that, reading goes on from
-    where it is; a restored position, or the next epoch, opens the stream again and skips to it. A cache
-    (`data/cache.py`) spares both.
+    The stream is read through once at the start, for its length and fingerprint; a short one is kept in memory. Of a
+    longer one, reading goes on from where it is, and a restored position, or the next epoch, opens it again and skips
+    to there. A cache (`data/cache.py`) spares all of this.
     """
 
-    def __init__(self, open_stream: Callable[[], Iterator[Example]], name: str):
+    def __init__(self, open_stream: Callable[[], Iterator[Example]], name: str, *, keep: int = _KEEP_EXAMPLES):
         """Count and hash the examples.
 
         Args:
           open_stream: starts the stream; every time with the same examples.
           name: of the stream, for messages.
+          keep: the number of examples up to which they are kept in memory.
         """
         self._open = open_stream
         self._name = name
         self._iterator: Iterator[Example] = iter(())
         self._next: int | None = None
-        digest = Fingerprint()
+        self._kept: list[Example] | None = []
         self._length = 0
+        digest = Fingerprint()
         for example in open_stream():
             digest.add(example)
             self._length += 1
+            if self._kept is not None:
+                self._kept.append(example)
+                if self._length > keep:
+                    self._kept = None
         self.fingerprint = digest.value()
         _log.info("%s: %d examples", name, self._length)
 
@@ -50,6 +58,8 @@ class StreamBlocks:
         Raises:
           DataError: the stream has ended before them.
         """
+        if self._kept is not None:
+            return self._kept[start:stop]
         if self._next is None or start < self._next:
             self._iterator, self._next = self._open(), 0
         examples = list(itertools.islice(self._iterator, start - self._next, stop - self._next))

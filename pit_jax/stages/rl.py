@@ -211,18 +211,14 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
 
 def _held_out_contexts(run: Run, stage: Rl, frozen: Frozen, examples: Sequence[Example]) -> list[Context]:
     codec = run.codec
-    records = [
-        {name: codec.without_eos(ids.tolist()) if name != "prompt" else tuple(ids.tolist()) for name, ids in e.items()}
-        for e in examples
-    ]
     if frozen.policy is None or stage.role == "policy":
         kind = "chosen" if stage.role == "policy" else "rejected"
-        return contexts(Round(name="held out", steps=1, references=(kind,)), records, {})
+        return contexts(codec, Round(name="held out", steps=1, references=(kind,)), examples, {})
     sampler = answering.sampler(run, "policy", stage.policy_sampling, stage.training.rollout_batch)
-    keys = row_keys(key_for(run.seed, f"{stage.name}/held out references"), np.arange(len(records)))
-    answers = sampler.answer(frozen.policy, [codec.policy_prompt(record["prompt"]) for record in records], keys)
+    keys = row_keys(key_for(run.seed, f"{stage.name}/held out references"), np.arange(len(examples)))
+    answers = sampler.answer(frozen.policy, [codec.policy_prompt(e["prompt"].tolist()) for e in examples], keys)
     sampled = {"policy": [as_reference(codec, answer) for answer in answers]}
-    return contexts(Round(name="held out", steps=1, references=("policy",)), records, sampled)
+    return contexts(codec, Round(name="held out", steps=1, references=("policy",)), examples, sampled)
 
 
 def _mean_quality(

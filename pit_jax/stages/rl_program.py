@@ -152,8 +152,7 @@ class RlProgram:
             sampled["policy"] = [as_reference(parts.codec, answer) for answer in answers]
         if "improver" in here.references:
             sampled["improver"] = self._improved(params, records, sampled["policy"], step)
-        named = [{name: _reference(parts.codec, record, name) for name in record} for record in records]
-        return contexts(here, named, sampled)
+        return contexts(parts.codec, here, records, sampled)
 
     def _improved(
         self, params: Params, records: Sequence[Example], answers: Sequence[tuple[int, ...]], step: int
@@ -218,11 +217,7 @@ class RlProgram:
         names = ("reward/mean", "reward/with_kl", "kl/mean", "length/mean", "length/reference")
         now = metric.values({name: stats[name] for name in names})
         self._baseline = self._baseline.updated(now["reward/with_kl"], parts.config.baseline_decay)
-        seen = {
-            "reward": now["reward/mean"], "kl": now["kl/mean"], "length": now["length/mean"],
-            "reference_length": now["length/reference"],
-        }  # fmt: skip
-        self._monitor = monitor.observe(self._monitor, parts.monitor, seen)
+        self._monitor = monitor.observe(self._monitor, parts.monitor, now)
         added: Metrics = {"beta": Metric(np.float32(self._monitor.beta), np.float32(1))}
         if parts.judge_every and (step + 1) % parts.judge_every == 0:
             judged = parts.held_out(self._lm_params(state))["judge"]
@@ -237,12 +232,6 @@ class RlProgram:
 
 def _ids(array: np.ndarray) -> tuple[int, ...]:
     return tuple(array.tolist())
-
-
-def _reference(codec: Codec, record: Example, name: str) -> tuple[int, ...]:
-    """Return a field of a record; replies without their EOS, as references are."""
-    ids = _ids(record[name])
-    return ids if name == "prompt" else codec.without_eos(ids)
 
 
 def _sum(metrics: Sequence[Metric]) -> Metric:

@@ -109,3 +109,16 @@ def test_print_config_from_an_empty_directory(site: Path, tmp_path: Path) -> Non
     assert done.returncode == 1
     assert "MODEL_DIR is required (recipes/shipped_example.gin:5)" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_demo_recipe_from_an_empty_directory(site: Path, tmp_path: Path) -> None:
+    """The shipped demo builds from the wheel, and what it prints is a configuration that builds again."""
+    flags = ("--gin_file=recipes/demo.gin", "--gin.MODEL_DIR='runs/here'", "--gin.RANDOM_SEED=7", "--print_config")
+    done = _python(site, tmp_path, "-m", "pit_jax", "pipeline", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "MODEL_DIR = 'runs/here'" in done.stdout
+    assert "RANDOM_SEED = 7" in done.stdout
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "config.gin").write_text(done.stdout)
+    again = _python(site, tmp_path, "-m", "pit_jax", "pipeline", "--gin_file=config.gin", "--print_config")
+    assert again.stdout == done.stdout
