@@ -28,6 +28,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow_datasets as tfds
 from etils import epath
@@ -66,7 +67,7 @@ class SummarizeFeedback(tfds.core.GeneratorBasedBuilder):
                 | {
                     "summaries": tfds.features.Sequence(text, length=2),
                     "policies": tfds.features.Sequence(text, length=2),
-                    "choice": tfds.features.Scalar("int32"),
+                    "choice": tfds.features.Scalar(np.int32),
                 }
             ),
             homepage="https://github.com/openai/summarize-from-feedback",

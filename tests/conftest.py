@@ -10,6 +10,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -18,6 +19,10 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# Shapes and dtypes of the mathematics are checked at every call; elsewhere annotations also name protocols, configs and
+# placeholders (trees of shapes or shardings), which a run-time check would refuse.
+install_import_hook(["pit_jax.ops", "pit_jax.losses"], "beartype.beartype")
 
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",

@@ -72,17 +72,20 @@ def select_stage(recipe: Recipe, verb: str, role: str | None) -> str:
 
 def improve(args: argparse.Namespace) -> None:
     """`pit-jax improve`: improve the answers of a file with a trained improver."""
-    from pit_jax.stages.improve import improve_file
+    from pit_jax.stages.improve import Request, improve_file
 
     improve_file(
-        checkpoint=args.checkpoint,
-        input=args.input,
-        output=args.output,
-        iterations=args.iterations,
-        candidates=args.candidates,
-        accept=args.accept,
-        temperature=args.temperature,
-        seed=args.seed,
+        Request(
+            checkpoint=args.checkpoint,
+            input=args.input,
+            output=args.output,
+            iterations=args.iterations,
+            candidates=args.candidates,
+            accept=args.accept,
+            temperature=args.temperature,
+            seed=args.seed,
+            on_bad_record=args.on_bad_record,
+        )
     )
 
 

@@ -140,7 +140,7 @@ def _open(file: epath.Path) -> Iterator[ByteStream]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Line:
+class Line:
     """One line and its place; where it cannot be used, `problem` says why."""
 
     place: str
@@ -148,7 +148,7 @@ class _Line:
     problem: str = ""
 
 
-def _lines(file: epath.Path, max_line_bytes: int) -> Iterator[_Line]:
+def _lines(file: epath.Path, max_line_bytes: int) -> Iterator[Line]:
     number = 0
     try:
         with _open(file) as stream:
@@ -159,7 +159,7 @@ def _lines(file: epath.Path, max_line_bytes: int) -> Iterator[_Line]:
                     while data and not data.endswith(b"\n"):
                         data = stream.readline(max_line_bytes)
                     problem = f"the line has more than {max_line_bytes} bytes. Split it, or raise max_line_bytes."
-                    yield _Line(place, "", problem)
+                    yield Line(place, "", problem)
                     continue
                 yield _decode(place, data.removeprefix(b"\xef\xbb\xbf") if number == 1 else data)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
@@ -168,16 +168,16 @@ def _lines(file: epath.Path, max_line_bytes: int) -> Iterator[_Line]:
         ) from error
 
 
-def _decode(place: str, data: bytes) -> _Line:
+def _decode(place: str, data: bytes) -> Line:
     try:
         text = data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 (byte {error.start + 1} of the line is 0x{data[error.start]:02x}). Convert the file."
-        return _Line(place, "", problem)
-    return _Line(place, text)
+        return Line(place, "", problem)
+    return Line(place, text)
 
 
-def _json_object(line: _Line) -> dict[str, object]:
+def _json_object(line: Line) -> dict[str, object]:
     if line.problem:
         raise DataError(line.problem)
     if not line.text.strip():
@@ -193,7 +193,7 @@ def _json_object(line: _Line) -> dict[str, object]:
     return value
 
 
-def _refuse(line: _Line, problem: str, config: ReadConfig, report: ReadReport) -> None:
+def refuse(line: Line, problem: str, config: ReadConfig, report: ReadReport) -> None:
     """Count a bad line, or stop at it."""
     message = f"{line.place}: {problem}"
     if config.on_bad_record == "fail":
@@ -208,17 +208,18 @@ def read_jsonl(paths: Paths, config: ReadConfig, report: ReadReport) -> Iterator
       DataError: a file is missing or damaged; with `on_bad_record="fail"` also the first line that is not UTF-8,
         not a JSON object, empty, enormous, or no record (see `schema.parse`), named by file and line.
     """
-    for line, raw in _read_objects(paths, config, report):
+    for line, raw in read_objects(paths, config, report):
         try:
             record = parse(raw, config.chat)
         except DataError as error:
-            _refuse(line, str(error), config, report)
+            refuse(line, str(error), config, report)
             continue
         report.add(record)
         yield record
 
 
-def _read_objects(paths: Paths, config: ReadConfig, report: ReadReport) -> Iterator[tuple[_Line, dict[str, object]]]:
+def read_objects(paths: Paths, config: ReadConfig, report: ReadReport) -> Iterator[tuple[Line, dict[str, object]]]:
+    """Yield the JSON object of every line, with its place, whatever its fields are; errors as of `read_jsonl`."""
     for file in find_files(paths):
         report.files += 1
         for line in _lines(file, config.max_line_bytes):
@@ -226,7 +227,7 @@ def _read_objects(paths: Paths, config: ReadConfig, report: ReadReport) -> Itera
             try:
                 raw = _json_object(line)
             except DataError as error:
-                _refuse(line, str(error), config, report)
+                refuse(line, str(error), config, report)
                 continue
             yield line, raw
 
@@ -242,11 +243,11 @@ def read_documents(
     """
     for file in find_files(paths):
         if {".jsonl", ".json"} & set(file.suffixes):
-            for line, raw in _read_objects(file, config, report):
+            for line, raw in read_objects(file, config, report):
                 try:
                     document = _document(raw)
                 except DataError as error:
-                    _refuse(line, str(error), config, report)
+                    refuse(line, str(error), config, report)
                     continue
                 report.records += 1
                 yield document
@@ -260,13 +261,13 @@ def _plain_texts(file: epath.Path, config: ReadConfig, report: ReadReport, unit:
     report.files += 1
     if unit == "file":
         with _open(file) as stream:
-            lines: Iterable[_Line] = [_decode(str(file), stream.read())]
+            lines: Iterable[Line] = [_decode(str(file), stream.read())]
     else:
         lines = _lines(file, config.max_line_bytes)
     for line in lines:
         report.lines += 1
         if line.problem:
-            _refuse(line, line.problem, config, report)
+            refuse(line, line.problem, config, report)
         elif line.text.strip():
             yield line.text
 

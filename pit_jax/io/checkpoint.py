@@ -2,6 +2,7 @@
 
     DIRECTORY/checkpoint_STEP/state/                 parameters, optimiser state and step (OCDBT, as T5X writes it)
     DIRECTORY/checkpoint_STEP/_CHECKPOINT_METADATA   `meta`: data position and whatever else the program keeps
+    DIRECTORY/checkpoint_STEP/sizes.json             size of every file, so that truncated ones are noticed
 
 What survives:
 
@@ -30,6 +31,7 @@ from pit_jax.core.tree import named_leaves, size_in_bytes
 from pit_jax.io import files
 
 _STATE = "state"
+_SIZES = "sizes.json"
 _NAME = re.compile(r"checkpoint_(\d+)")
 _LEFTOVER = re.compile(r"checkpoint_\d+\.orbax-checkpoint-tmp.*")
 Tree = dict[str, Any]
@@ -107,6 +109,8 @@ class Checkpoints:
         (step, response), self._pending = self._pending, None
         with self._named_errors(step), _quiet():
             response.result()
+            if jax.process_index() == 0:
+                files.write_json(self.path(step) / _SIZES, _sizes(self.path(step)))
         if self._keep is not None and jax.process_index() == 0:
             self._prune(self._keep)
 
@@ -177,14 +181,19 @@ class Checkpoints:
     def _is_complete(self, step: int) -> bool:
         path = self.path(step)
         needed = (path / "_CHECKPOINT_METADATA", path / _STATE / "_METADATA", path / _STATE / "manifest.ocdbt")
-        return all(file.exists() for file in needed)
+        if not all(file.exists() for file in needed):
+            return False
+        # A run killed between the rename and this file leaves a checkpoint that is complete all the same.
+        return not (path / _SIZES).exists() or files.read_json(path / _SIZES) == _sizes(path)
 
     def _metadata(self, step: int) -> tuple[Tree, dict[str, Any]]:
         if not self.path(step).exists():
             raise CheckpointError(f"{self.path(step)} does not exist. There is: {self.steps() or 'none'}.")
+        if not self._is_complete(step):
+            raise _DamagedError(f"{self.path(step)} cannot be read: files are missing or cut short.")
         try:
             with _quiet():
-                ours = ocp.metadata(self.path(step), _STATE).custom_metadata
+                ours: Any = ocp.metadata(self.path(step), _STATE).custom_metadata
             return ours["tree"], ours["meta"]
         except Exception as error:
             raise _damaged(self.path(step), error) from error
@@ -219,6 +228,18 @@ class Checkpoints:
                 f"{self.path(step)} could not be written: {_first_line(error)}. {kept}. "
                 "Make room or repair the disk, then run the same command again."
             ) from error
+
+
+def _sizes(path: epath.Path) -> dict[str, int]:
+    """Return the size in bytes of every file of a checkpoint but the list of sizes itself."""
+    pending, sizes = [path], {}
+    while pending:
+        for entry in pending.pop().iterdir():
+            if entry.is_dir():
+                pending.append(entry)
+            elif entry.name != _SIZES:
+                sizes[str(entry.relative_to(path))] = entry.stat().length
+    return dict(sorted(sizes.items()))
 
 
 def _damaged(path: epath.Path, error: Exception) -> _DamagedError:

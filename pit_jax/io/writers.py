@@ -162,7 +162,7 @@ def json_values(values: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _start_wandb(project: str, directory: epath.Path) -> Any:
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]
 
     # A stable id makes a resumed run continue the same curves.
     run_id = files.json_hash(os.fspath(directory))[:16]

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import ArrayLike, Scalar
 
 from pit_jax.core.errors import invalid, nearest
 
-Schedule = Callable[[Int[Array, ""] | int], Float[Array, ""]]
+Schedule = Callable[[ArrayLike], Scalar]
 
 KINDS = ("adamw", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "rsqrt")
@@ -89,8 +89,8 @@ def learning_rate(config: Optimizer, steps: int) -> Schedule:
             "Optimizer.warmup_steps", warmup, f"be below the {steps} steps of the run", "Shorten the warm-up."
         )
 
-    def rate(step: Int[Array, ""] | int) -> Float[Array, ""]:
-        done = jnp.asarray(step, jnp.float32)
+    def rate(step: ArrayLike) -> Scalar:
+        done = jnp.asarray(step).astype(jnp.float32)
         part = jnp.clip((done - warmup) / max(steps - warmup, 1), 0.0, 1.0)
         factors = {
             "constant": jnp.ones(()),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Scalar
 
 from pit_jax.core import metric
 from pit_jax.core.metric import Metric, Metrics
@@ -54,7 +54,8 @@ def make_step(objective: Objective, optimizer: Optimizer, *, steps: int, shardin
         grad_norm = optax.global_norm(grads)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        new = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1)
+        params: Any = optax.apply_updates(state.params, updates)
+        new = TrainState(params=params, opt_state=opt_state, step=state.step + 1)
         kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
         return kept, metrics | {
             "loss": loss,
@@ -71,7 +72,7 @@ def _accumulate(objective: Objective, params: Params, batch: Batch, key: jax.Arr
     """Return the loss, the metrics and the gradient of the total, each summed over the micro-batches."""
     count = _micro_batches(batch)
 
-    def total(params: Params, part: Batch, key: jax.Array) -> tuple[Float[Array, ""], tuple[Metric, Metrics]]:
+    def total(params: Params, part: Batch, key: jax.Array) -> tuple[Scalar, tuple[Metric, Metrics]]:
         loss, metrics = objective(params, part, key)
         return loss.total, (loss, metrics)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pit_jax.core.types import Conditional, Prompts
+from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
+from pit_jax.models.api import ConditionalLM
 from pit_jax.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
@@ -23,6 +27,30 @@ T5 = EncoderDecoderConfig(**_SHAPE, encoder_layers=2, decoder_layers=2, relative
 DECODERS = {"rotary": DecoderOnly(ROTARY), "learned": DecoderOnly(LEARNED), "windowed": DecoderOnly(WINDOWED)}
 MODELS = DECODERS | {"t5": EncoderDecoder(T5)}
 FAMILIES = ["rotary", "t5"]
+
+# Compiled once per model and shapes, for all tests of a process.
+@functools.partial(jax.jit, static_argnums=0)
+def logprobs(lm: ConditionalLM, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
+    """Return `lm.logprobs`, compiled."""
+    return lm.logprobs(params, x, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def hidden(lm: ConditionalLM, params: Params, x: Conditional, attention: str) -> Hidden:
+    """Return `lm.hidden`, compiled."""
+    return lm.hidden(params, x, attention=attention)
+
+
+@functools.cache
+def params(lm: ConditionalLM) -> Params:
+    """Return random parameters, norm scales and biases too."""
+    random = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, lm.abstract())
+
 
 Example = tuple[list[int], list[int]]
 """Prompt and response."""

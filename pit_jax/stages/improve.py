@@ -1,0 +1,240 @@
+"""Using an improver: better replies to the prompts of a file, from a run's directory alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+
+from pit_jax.core.errors import CheckpointError, DataError, PitError
+from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objects, refuse
+from pit_jax.decode.batches import Response, Sampler, Scorer
+from pit_jax.decode.sampling import Sampling
+from pit_jax.improve.accept import Improve
+from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
+from pit_jax.io import files
+from pit_jax.models.heads import ScalarModel
+from pit_jax.stages.artifact import MANIFEST, RESULT, Artifact, split_reference
+from pit_jax.text.codec import Codec
+
+_LOG = logging.getLogger(__name__)
+_BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One line of the input: a prompt, and a response to improve (None: the run's policy writes it)."""
+
+    prompt: str
+    response: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `pit-jax improve` is asked for.
+
+    checkpoint: a run (its finished improver is taken) or the stage of an improver. accept: "gap" needs R_PIT in
+    the run; without it the rule is off, which is said. on_bad_record: whether a bad line stops or is skipped.
+    """
+
+    checkpoint: str
+    input: str
+    output: str | None = None
+    iterations: int = 1
+    candidates: int = 1
+    accept: str = "gap"
+    temperature: float = 1.0
+    seed: int = 0
+    on_bad_record: OnBadRecord = "fail"
+
+
+class Improver:
+    """The improver of a run with its gap model and its policy, found from one directory."""
+
+    def __init__(self, checkpoint: str) -> None:
+        self.artifact = _improver(epath.Path(checkpoint))
+        stage = self.artifact.manifest["stage"]
+        self._run = self.artifact.directory.parent
+        # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
+        self.gap = self._artifact(stage.get("reward"), verb="reward", role="gap")
+        self._policy_reference = stage.get("policy")
+        self.policy = self._artifact(stage.get("policy"), verb="rl", role="policy") or self._artifact(
+            None, verb="sft", role="policy"
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """How its texts become tokens."""
+        return self.artifact.codec
+
+    def _artifact(self, reference: str | None, *, verb: str, role: str) -> Artifact | None:
+        if reference is not None:
+            place, _ = split_reference(reference)
+            path = epath.Path(place) if "/" in place else self._run / place
+            return Artifact(path) if (path / MANIFEST).exists() else None
+        return _stage_of(self._run, verb, role)
+
+    def judge(self) -> Judge | None:
+        """Return r_gap as a scoring function, None where the run has no gap model."""
+        if self.gap is None:
+            return None
+        model = self.gap.network
+        assert isinstance(model, ScalarModel)
+        scorer = Scorer(
+            model=model, width=self.codec.width("gap"), length=self.codec.lengths.targets,
+            eos_id=self.codec.eos_ids[0], pad_id=self.codec.pad_id, batch_size=_BATCH,
+        )  # fmt: skip
+        return functools.partial(scorer.score, self.gap.params())
+
+    def sampler(self, kind: str, temperature: float) -> Sampler:
+        """Return what answers policy or improver prompts."""
+        return Sampler(
+            lm=self.artifact.lm, sampling=Sampling(temperature=temperature),
+            width=self.codec.width("policy" if kind == "policy" else "improver"),
+            max_new=self.codec.lengths.targets, eos_ids=self.codec.eos_ids, pad_id=self.codec.pad_id, batch_size=_BATCH,
+        )  # fmt: skip
+
+    def originals(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[Response]:
+        """Return the policy's own answers, for lines without a response.
+
+        Raises:
+          DataError: the run has no policy.
+        """
+        if self.policy is None:
+            raise DataError(
+                f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
+            )
+        reference = self._policy_reference
+        snapshot = None if reference is None else split_reference(reference)[1]
+        sampler = self.sampler("policy", temperature)
+        return first_answers(functools.partial(sampler.answer, self.policy.trunk(snapshot)), self.codec, prompts, seed)
+
+
+def improve_file(request: Request) -> None:
+    """Improve every line of a JSON Lines file; write `prompt`, `response`, `improved` and how it came about.
+
+    Output lines also have `changed`, and under `steps` each proposal with `accepted`, its `gap` and the gap's own
+    `zero`. The file appears only when it is complete; without `output` lines go to standard output.
+
+    Raises:
+      CheckpointError: the directory has no improver. DataError: a line is bad, or a response does not fit.
+    """
+    config = Improve(
+        iterations=request.iterations, candidates=request.candidates, accept="gap" if request.accept == "gap" else "always"
+    )
+    improver = Improver(request.checkpoint)
+    report = ReadReport()
+    drafts = list(_drafts(request, improver.codec, report))
+    if report.bad_count:
+        _LOG.warning("%s", report.summary())
+    if not drafts:
+        raise DataError(f"{request.input} has no line to improve.")
+    judge = improver.judge()
+    if judge is None and config.needs_gap:
+        _LOG.warning(
+            "no gap reward model found beside %s: the accept rule is OFF, every proposal is taken", improver.artifact.directory
+        )
+        config = Improve(iterations=request.iterations, accept="always")
+    sampler = improver.sampler("improver", request.temperature)
+    prompts = [improver.codec.prompt_ids(draft.prompt) for draft in drafts]
+    answers = _answers(improver, drafts, prompts, request)
+    trajectories = improve(
+        config, functools.partial(sampler.answer, improver.artifact.trunk()), judge, improver.codec, prompts, answers,
+        request.seed,
+    )  # fmt: skip
+    lines = [
+        json.dumps(_line(improver.codec, draft, trajectory), ensure_ascii=False)
+        for draft, trajectory in zip(drafts, trajectories, strict=True)
+    ]
+    if request.output is None:
+        sys.stdout.write("\n".join(lines) + "\n")
+    elif jax.process_index() == 0:
+        files.write_text(request.output, "\n".join(lines) + "\n")
+        changed = sum(trajectory.final != trajectory.first for trajectory in trajectories)
+        _LOG.info("%s: %d of %d responses changed", request.output, changed, len(drafts))
+
+
+def _answers(
+    improver: Improver, drafts: Sequence[Draft], prompts: Sequence[Sequence[int]], request: Request
+) -> list[Response]:
+    """Return the given responses, and the policy's where there is none."""
+    given = [None if draft.response is None else improver.codec.response_ids(draft.response) for draft in drafts]
+    written: Iterator[Response] = iter(())
+    missing = [prompt for prompt, ids in zip(prompts, given, strict=True) if ids is None]
+    if missing:
+        written = iter(improver.originals(missing, request.temperature, request.seed))
+    return [next(written) if ids is None else Response(improver.codec.without_eos(ids), True) for ids in given]
+
+
+def _line(codec: Codec, draft: Draft, trajectory: Trajectory) -> dict[str, Any]:
+    first = draft.response if draft.response is not None else codec.text(trajectory.first.ids)
+    unchanged = trajectory.final == trajectory.first
+    return {
+        "prompt": draft.prompt,
+        "response": first,
+        "improved": first if unchanged else codec.text(trajectory.final.ids),
+        "changed": not unchanged,
+        "steps": [
+            {"proposal": codec.text(step.proposal.ids), "accepted": step.accepted, "gap": step.gap, "zero": step.zero}
+            for step in trajectory.steps
+        ],
+    }
+
+
+def _drafts(request: Request, codec: Codec, report: ReadReport) -> Iterator[Draft]:
+    config = ReadConfig(on_bad_record=request.on_bad_record)
+    for line, raw in read_objects(request.input, config, report):
+        try:
+            draft = _draft(raw)
+            if not codec.prompt_ids(draft.prompt):
+                raise DataError("field 'prompt' has no token. Remove the line.")
+            if draft.response is not None:
+                codec.response_ids(draft.response)
+        except PitError as error:
+            refuse(line, str(error), config, report)
+            continue
+        report.records += 1
+        yield draft
+
+
+def _draft(raw: dict[str, object]) -> Draft:
+    prompt, response = raw.get("prompt"), raw.get("response")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError("field 'prompt' must be a text that is not empty. Write {\"prompt\": ..., \"response\": ...}.")
+    if response is not None and not isinstance(response, str):
+        raise DataError(f"field 'response' must be a text, not {type(response).__name__}. Write the draft to improve.")
+    return Draft(prompt=prompt, response=response)
+
+
+def _improver(directory: epath.Path) -> Artifact:
+    """Return the improver of a run or stage directory."""
+    if (directory / MANIFEST).exists():
+        artifact = Artifact(directory)
+        if artifact.manifest["role"] != "improver":
+            raise CheckpointError(
+                f"{directory} is the stage {artifact.manifest['verb']} --role={artifact.manifest['role'] or 'none'}, "
+                "not an improver. Give the run, or its stage of role improver."
+            )
+        return artifact
+    found = _stage_of(directory, "rl", "improver") or _stage_of(directory, "sft", "improver")
+    if found is None:
+        raise CheckpointError(
+            f"{directory} has no finished improver. Give the directory of a run (MODEL_DIR) whose improver is trained, "
+            "or of such a stage."
+        )
+    return found
+
+
+def _stage_of(run: epath.Path, verb: str, role: str) -> Artifact | None:
+    """Return the stage of a verb and role that was finished first: recipes put ablations after the main stage."""
+    finished = [path.parent for path in run.glob(f"*/{MANIFEST}") if (path.parent / RESULT).exists()]
+    finished.sort(key=lambda path: (path / RESULT).stat().mtime)
+    stages = [Artifact(path) for path in finished]
+    return next((s for s in stages if (s.manifest["verb"], s.manifest["role"]) == (verb, role)), None)
