@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pit_jax.data.seqio_tasks import register_preference_tasks
 
 __version__ = "0.1.0"
 

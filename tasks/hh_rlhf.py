@@ -18,7 +18,6 @@ records with their own tokenizer through `hh_rlhf_records`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +25,7 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pit_jax.data.seqio_builders import fetch
+from pit_jax.data.seqio_builders import fetch, json_lines
 from pit_jax.data.seqio_tasks import register_preference_tasks
 
 _URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
@@ -63,9 +62,8 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
         )
 
     def _subsets(self) -> list[str]:
-        chosen = {"all": _SUBSETS, "base": _SUBSETS[:2]}
-        name = self.builder_config.name
-        return [subset for subset in _SUBSETS if subset in chosen.get(name, (name.replace("_", "-"),))]
+        name = self.builder_config.name if self.builder_config else "all"
+        return list({"all": _SUBSETS, "base": _SUBSETS[:2]}.get(name, (name.replace("_", "-"),)))
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         parts = {f"{subset}/{split}": (subset, split) for split in ("train", "test") for subset in self._subsets()}
@@ -81,10 +79,9 @@ class HhRlhf(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, files: dict[str, epath.Path]) -> Iterator[tuple[str, dict[str, str]]]:
         for part, path in files.items():
-            with path.open("r") as lines:
-                for number, line in enumerate(lines):
-                    row, key = json.loads(line), f"{part}/{number}"
-                    yield key, {"id": key, "subset": part.split("/")[0]} | {k: row[k] for k in ("chosen", "rejected")}
+            for number, row in enumerate(json_lines(path)):
+                key = f"{part}/{number}"
+                yield key, {"id": key, "subset": part.split("/")[0]} | {k: row[k] for k in ("chosen", "rejected")}
 
 
 register_preference_tasks(

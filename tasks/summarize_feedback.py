@@ -24,7 +24,6 @@ Tasks: `summarize_feedback_<view>`, tokenised as bytes. Recipes read the same re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,7 +32,7 @@ import seqio
 import tensorflow_datasets as tfds
 from etils import epath
 
-from pit_jax.data.seqio_builders import fetch
+from pit_jax.data.seqio_builders import fetch, json_lines
 from pit_jax.data.seqio_tasks import register_preference_tasks
 
 _URL = "https://openaipublic.blob.core.windows.net/summarize-from-feedback/dataset/comparisons"
@@ -84,12 +83,10 @@ class SummarizeFeedback(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, files: Mapping[str, epath.Path], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, path in files.items():
-            with path.open("r") as lines:
-                for number, line in enumerate(lines):
-                    row = json.loads(line)
-                    if row["split"] == split:
-                        key = f"{name.removesuffix('.json')}/{number}"
-                        yield key, {"id": key} | _fields(row)
+            for number, row in enumerate(json_lines(path)):
+                if row["split"] == split:
+                    key = f"{name.removesuffix('.json')}/{number}"
+                    yield key, {"id": key} | _fields(row)
 
 
 def _fields(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ recipes that come with pit_jax
 """
 
 _IMPROVE_EXAMPLE = """\
-DIR is a run (its improver is used) or one stage of it. Each line of FILE.jsonl has `prompt` and `response`, the
-draft; each line of the output has the improved response and how it came about.
+DIR is a run (its improver is used) or one stage of it. Each line of the input has `prompt` and `response`, the draft;
+without drafts the run's policy writes them. Each line of the output has the improved response and how it came about.
 
 example
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl --iterations=2
@@ -143,11 +143,14 @@ def _add_gin(parser: argparse.ArgumentParser) -> None:
 def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
     parser = verb("improve", "improve the answers of a JSON Lines file", f"{_STAGES}improve", _IMPROVE_EXAMPLE)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a stage of one")
-    parser.add_argument("--input", required=True, metavar="FILE", help="lines with `prompt` and, unless the run's policy is to write it, `response`")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE",
+        help="lines with `prompt` and, unless the run's policy is to write it, `response`",
+    )  # fmt: skip
     parser.add_argument("--output", metavar="FILE", help="where the result goes (default: standard output)")
     parser.add_argument(
-        "--on-bad-record", choices=("fail", "skip"), default="fail", help="stop at a bad line (default), or leave it out",
-    )  # fmt: skip
+        "--on-bad-record", choices=("fail", "skip"), default="fail", help="stop at a bad line (default), or skip it"
+    )
     parser.add_argument("--iterations", type=int, default=1, metavar="N", help="improve N times over (default: 1)")
     parser.add_argument("--candidates", type=int, default=1, metavar="N", help="draw N and keep the best (default: 1)")
     parser.add_argument(

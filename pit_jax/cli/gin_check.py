@@ -62,6 +62,7 @@ class Binding(NamedTuple):
     """`scope/selector.parameter = value`; a macro has no parameter.
 
     imports: names the file imports, or None where it does not use dynamic registration.
+    note: the comment on its line; beside `%gin.REQUIRED` it says what is to be bound.
     """
 
     scope: str
@@ -70,6 +71,7 @@ class Binding(NamedTuple):
     value: Any
     place: Place
     imports: Mapping[str, Import] | None
+    note: str
 
     @property
     def key(self) -> str:
@@ -100,9 +102,10 @@ def check_macros(statements: Statements) -> None:
     for name in sorted(set(bound) - used):
         hint = nearest(name, used - {REQUIRED}) or f" Macros in use: {', '.join(sorted(used - {REQUIRED})) or 'none'}."
         problems.append(f"macro {name} ({bound[name].place}) is bound but nothing uses it.{hint}")
-    for name, place in sorted(missing.items()):
+    for name, binding in sorted(missing.items()):
+        note = f", {binding.note}," if binding.value == Macro(REQUIRED) and binding.note else ""
         problems.append(
-            f"{name} is required ({place}) but not bound.{nearest(name, bound.keys() - {name})} "
+            f"{name}{note} is required ({binding.place}) but not bound.{nearest(name, bound.keys() - {name})} "
             f"Add --gin.{name}=VALUE or bind it in a gin file."
         )
     if problems:
@@ -137,16 +140,19 @@ def _bindings(statements: Statements) -> Iterator[Binding]:
     return (statement for statement in statements if isinstance(statement, Binding))
 
 
-def _missing(statements: Statements) -> dict[str, Place]:
-    """Return what must still be bound: macros without a value, and anything whose last value is `%gin.REQUIRED`."""
+def _missing(statements: Statements) -> dict[str, Binding]:
+    """Return what must still be bound, and where that is said.
+
+    These are macros without a value, and everything whose last value is `%gin.REQUIRED`.
+    """
     final = {binding.key: binding for binding in _bindings(statements)}
     missing = {
-        name: binding.place
+        name: binding
         for binding in final.values()
         for name in _macros(binding.value)
         if name != REQUIRED and name not in final
     }
-    missing |= {key: binding.place for key, binding in final.items() if binding.value == Macro(REQUIRED)}
+    missing |= {key: binding for key, binding in final.items() if binding.value == Macro(REQUIRED)}
     return missing
 
 

@@ -147,7 +147,8 @@ def _statements(text: str, origin: Place) -> Iterator[Binding | Import | config_
                     yield made
             elif isinstance(statement, config_parser.BindingStatement):
                 scope, selector, parameter, value, _ = statement
-                yield Binding(scope, selector, parameter, value, place, imports if dynamic else None)
+                note = statement.location.line_content.partition("#")[2].strip()
+                yield Binding(scope, selector, parameter, value, place, imports if dynamic else None, note)
             elif isinstance(statement, config_parser.IncludeStatement):
                 yield statement
     except (SyntaxError, tokenize.TokenError) as error:

@@ -22,8 +22,12 @@ def build_recipe(args: argparse.Namespace, defaults: tuple[str, ...] = ()) -> tu
       args: of a verb with gin flags.
       defaults: bindings (`NAME=VALUE`) for required macros that the verb can do without.
     """
-    from pit_jax.cli.gin_config import GinSource, build  # gin is imported only by verbs that read it.
-
+    try:
+        from pit_jax.cli.gin_config import GinSource, build
+    except ModuleNotFoundError as error:
+        if error.name != "gin":
+            raise
+        raise ConfigError("Recipes need gin, which is not installed here: pip install gin-config.") from error
     source = GinSource(
         files=tuple(args.gin_file),
         bindings=args.gin_bindings,

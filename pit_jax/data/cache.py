@@ -26,7 +26,7 @@ from typing import Any, overload
 
 import grain.python as grain
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue] (native)
 
 from pit_jax.core.errors import DataError
 from pit_jax.data.source import Fingerprint
@@ -180,7 +180,7 @@ class CachedExamples(Sequence[dict[str, Any]]):
         self.directory = Path(directory)
         self.metadata = read_metadata(self.directory)
         paths = [str(self.directory / name) for name, _, _ in self.metadata.shards]
-        self._records = grain.ArrayRecordDataSource(paths)
+        self._records: Any = grain.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
         return self.metadata.count

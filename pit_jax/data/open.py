@@ -103,20 +103,17 @@ def open_blocks(spec: DataSpec, *, view: str, split: Split, codec: Codec) -> Blo
     """
     if spec.cache:
         return cache.CacheBlocks(_open_cache(spec.cache, view, split, codec))
-    if spec.task:
-        blocks: BlockProvider = StreamBlocks(
-            lambda: iterate_examples(spec, view=view, split=split, codec=codec, report=DropReport()),
-            f"task {spec.task}, view {view}, split {split}",
-        )
-        note = "The log says what was dropped."
-    else:
-        report = DropReport()
-        blocks = ListBlocks(list(iterate_examples(spec, view=view, split=split, codec=codec, report=report)))
-        note = report.summary()
-        _log.info("view %s, split %s: %s", view, split, note)
+    reports = [DropReport()]
+
+    def opened() -> Iterator[Example]:
+        reports[0] = DropReport()
+        yield from iterate_examples(spec, view=view, split=split, codec=codec, report=reports[0])
+        _log.info("view %s, split %s: %s", view, split, reports[0].summary())
+
+    blocks: BlockProvider = StreamBlocks(opened) if spec.task else ListBlocks(list(opened()))
     if len(blocks) == 0:
         raise DataError(
-            f"There is no example of the view {view!r} in the split {split!r} ({note}). Give more data, raise the "
+            f"There is no example of the view {view!r} in the split {split!r} ({reports[0].summary()}). Give more data, raise the "
             "lengths, or change DataSpec.folds; `pit-jax inspect-data` shows the records."
         )
     return blocks
@@ -146,11 +143,15 @@ def iterate_examples(spec: DataSpec, *, view: str, split: Split, codec: Codec, r
         yield from cached
     elif view == "lm":
         for document in open_documents(spec, split):
-            yield from lm_examples(document, codec)
+            for example in lm_examples(document, codec):
+                report.kept += 1
+                yield example
     elif spec.task and (task := _tokenised_task(spec, view, codec)):
         from pit_jax.data import seqio_live
 
-        yield from seqio_live.examples_of_task(task, split, view)
+        for example in seqio_live.examples_of_task(task, split, view):
+            report.kept += 1
+            yield example
     else:
         yield from make_examples(view, open_records(spec, split, fold=fold_for(view)), codec, report)
 

@@ -122,9 +122,9 @@ def _elements(task: str, split: str, features: Sequence[str] = ()) -> Iterator[d
         raise DataError(f"task {task!r} has no split {split!r}. It has {', '.join(sorted(provider.splits))}.")
     # A mixture keeps declared features only, and goes on for ever, unless told otherwise.
     undeclared = [name for name in features if name not in provider.output_features]
-    mixture = {"passthrough_features": undeclared} if isinstance(provider, seqio.Mixture) else {}
+    mixture: dict[str, Any] = {"passthrough_features": undeclared} if isinstance(provider, seqio.Mixture) else {}
     with unmarked():
         dataset: tf.data.Dataset = provider.get_dataset(
             None, split=split, shuffle=False, num_epochs=1, trim_output_features=False, **mixture
         )
-        yield from dataset.as_numpy_iterator()
+        yield from dataset.as_numpy_iterator()  # pyright: ignore[reportReturnType]

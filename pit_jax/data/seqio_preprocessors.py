@@ -204,9 +204,9 @@ def _plain(value: Any) -> Any:
 
 
 def _as_object(raw: Any) -> dict[str, Any]:
-    text = raw if isinstance(raw, str) else raw.get(JSON)
-    if text is None:
+    if isinstance(raw, dict) and JSON not in raw:
         return {name: value for name, value in raw.items() if name != SPLIT}
+    text: str = raw[JSON] if isinstance(raw, dict) else raw
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -42,7 +42,8 @@ def as_data_source(source: PreferenceSource, read: ReadConfig) -> SplitSource:
             "(without brackets), or a list."
         )
     if isinstance(source, Sequence) and source and isinstance(source[0], Mapping):
-        return SplitSource(_python_source({"train": lambda: _parsed(source, read)}), parsed=True)
+        records: Any = source
+        return SplitSource(_python_source({"train": lambda: _parsed(records, read)}), parsed=True)
     if not isinstance(source, str | os.PathLike | Sequence | Mapping):
         raise DataError(
             f"the source is a {type(source).__name__}. Give the path of a JSON Lines file, a list or a dict "

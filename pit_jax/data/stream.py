@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from pit_jax.core.errors import DataError
@@ -12,7 +11,6 @@ from pit_jax.data.views import Example
 
 # A few hundred bytes each.
 _KEEP_EXAMPLES = 50_000
-_log = logging.getLogger(__name__)
 
 
 class StreamBlocks:
@@ -23,16 +21,14 @@ class StreamBlocks:
     to there. A cache (`data/cache.py`) spares all of this.
     """
 
-    def __init__(self, open_stream: Callable[[], Iterator[Example]], name: str, *, keep: int = _KEEP_EXAMPLES):
+    def __init__(self, open_stream: Callable[[], Iterator[Example]], *, keep: int = _KEEP_EXAMPLES):
         """Count and hash the examples.
 
         Args:
           open_stream: starts the stream; every time with the same examples.
-          name: of the stream, for messages.
           keep: the number of examples up to which they are kept in memory.
         """
         self._open = open_stream
-        self._name = name
         self._iterator: Iterator[Example] = iter(())
         self._next: int | None = None
         self._kept: list[Example] | None = []
@@ -46,7 +42,6 @@ class StreamBlocks:
                 if self._length > keep:
                     self._kept = None
         self.fingerprint = digest.value()
-        _log.info("%s: %d examples", name, self._length)
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -64,6 +59,6 @@ class StreamBlocks:
             self._iterator, self._next = self._open(), 0
         examples = list(itertools.islice(self._iterator, start - self._next, stop - self._next))
         if len(examples) != stop - start:
-            raise DataError(f"{self._name} ended before example {stop} of {self._length}: it has changed.")
+            raise DataError(f"The data ended before example {stop} of {self._length}: they have changed.")
         self._next = stop
         return examples

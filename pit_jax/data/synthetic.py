@@ -4,10 +4,10 @@ The set exists so that the whole method can be trained, measured and tested in m
 and without a judge that has opinions. A record is an instruction, a better reply and a worse one:
 
     prompt    goal from oak by red blue red green bring lamp end thanks
-    chosen    inn via tower barn mill inn with lamp thanks
-    rejected  farm via tower barn mill inn with rope thanks
+    chosen    pond via farm mill tower pond with lamp thanks
+    rejected  inn via farm mill tower pond with rope thanks
 
-Families of instructions (``FAMILIES``)
+Families of instructions
     route   Walk the listed roads from a place and name every stop. ``TOWN_MAP`` says where a road leads; it is
             the same for all prompts, so a model can learn it. With ``goal`` the reply starts with the
             destination, *before* the stops.
@@ -22,7 +22,7 @@ Kinds of constraint (``KINDS``)
     include   items to bring, words to use
     avoid     a word that must not occur
     end       the closing word
-    form      nothing that the reply's grammar has no room for (always judged)
+    form      no word that the reply's grammar has no room for (always judged)
 
 Why the headline comes first. It asks for the result before the working. Every step of the working is an easy
 look-up, but a small model cannot chain the steps in its head, so its headlines are wrong *at its mode*: low
@@ -31,6 +31,10 @@ to see (the headline differs from the last stop) and easy to mend. That is the s
 given answer pays. The writers of the set make the same mistake: ``headline_fault_rate`` of the *chosen* replies
 have a wrong headline over right working. Without that a model would learn to copy its headline into the last
 stop, and wrong headlines would ruin the working.
+
+The presets. ``easy`` has short routes that a small model can walk in its head, so there the policy itself gets
+good. ``demo`` is the setting above, with few words, so that a network of 100k parameters learns all of it but the
+headline. ``hard`` adds the third family, longer routes and lists, and more constraints in a prompt.
 
 How a pair is made. The better reply is a perfect one with a few slips. For ``related_share`` of the records the
 worse reply is the better one with ``extra_faults`` more; else it is an independent, worse attempt. Improvement
@@ -130,8 +134,8 @@ class SyntheticConfig:
     kinds: tuple[str, ...] = KINDS
     num_records: int = 100_000
     seed: int = 0
-    # Temperature of the labels: 0 never flips; 0.05 flips a third of the pairs that differ by 0.035.
-    label_noise: float = 0.05
+    # Temperature of the labels: 0 never flips; 0.04 flips 2-3 % of the pairs that differ by one constraint in seven.
+    label_noise: float = 0.04
     # Share of better replies whose headline is wrong although the working is right.
     headline_fault_rate: float = 0.3
     # Chance of each other slip in a better reply (two tries).
@@ -139,7 +143,7 @@ class SyntheticConfig:
     # Share of worse replies that are the better one with further faults.
     related_share: float = 0.85
     # Fewest and most faults that the worse reply has on top.
-    extra_faults: tuple[int, int] = (1, 2)
+    extra_faults: tuple[int, int] = (1, 3)
     # How often each kind of fault is drawn, relative to the others that the prompt allows.
     fault_weights: Mapping[str, float] = field(default_factory=lambda: dict(_DEFAULT_FAULTS))
 
@@ -168,7 +172,7 @@ class SyntheticConfig:
         for name in ("headline_fault_rate", "slip_rate", "related_share"):
             need(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability", "give a number from 0 to 1")
         low, high = self.extra_faults
-        need("extra_faults", 1 <= low <= high, "must be (fewest, most), 1 <= fewest <= most", "use e.g. (1, 2)")
+        need("extra_faults", 1 <= low <= high, "must be (fewest, most), 1 <= fewest <= most", "use e.g. (1, 3)")
         need(
             "fault_weights",
             set(self.fault_weights) <= set(KINDS) and all(w > 0 for w in self.fault_weights.values()),

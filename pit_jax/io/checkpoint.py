@@ -248,7 +248,8 @@ def _damaged(path: epath.Path, error: Exception) -> _DamagedError:
 
 def _first_line(error: Exception) -> str:
     line = (str(error) or type(error).__name__).splitlines()[0].split(" [tensorstore_spec")[0]
-    return line if len(line) <= 160 else line[:160] + " ..."
+    # TensorStore begins with what it was doing and ends with why it failed.
+    return line if len(line) <= 200 else f"{line[:60]} ... {line[-140:]}"
 
 
 def _with_shardings(abstract: Any) -> Any:

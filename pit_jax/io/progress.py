@@ -65,7 +65,7 @@ class Progress:
             self._measured_from = (step, now)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=self._numbers(now))
-        elif self._enabled and (now - self._last_line >= PLAIN_SECONDS or step == self._total):
+        elif self._enabled and (now - self._last_line >= PLAIN_SECONDS or (step == self._total and values)):
             self._last_line = now
             self.message(f"{self._name}  step {step}/{self._total}{self._numbers(now)}")
 
@@ -90,7 +90,7 @@ class Progress:
         if "tokens_per_second" in self._shown:
             parts.append(f"{quantity(self._shown['tokens_per_second'])} tokens/s")
         left = self.seconds_left(now)
-        if left is not None:
+        if left:
             parts.append(f"{duration(left)} left")
         return "".join(f"  {part}" for part in parts)
 

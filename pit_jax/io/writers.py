@@ -62,7 +62,8 @@ class MetricWriter:
         if self._tensorboard:
             board = self._board(kind)
             for name, value in values.items():
-                board.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    board.add_scalar(name, value, step)
         if self._wandb_project is not None:
             self._wandb = self._wandb or _start_wandb(self._wandb_project, self._directory)
             self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)

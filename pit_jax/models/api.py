@@ -46,9 +46,7 @@ class ConditionalLM(Protocol):
         """Return, for each response token, the hidden state it is predicted from (which has not seen it)."""
         ...
 
-    def hidden(
-        self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention
-    ) -> Hidden:
+    def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final hidden states at the prompts' and the responses' own positions."""
         ...
 

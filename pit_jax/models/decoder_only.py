@@ -197,9 +197,7 @@ class DecoderNet(nnx.Module):
 
     def _layers(self, body, carry, inputs):
         config = self.config
-        return functional.run_layers(
-            self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat
-        )
+        return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,9 +218,7 @@ class DecoderOnly:
         """Return the parameters' logical axis names."""
         return functional.definition(DecoderNet, self.config).axes
 
-    def hidden(
-        self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention
-    ) -> Hidden:
+    def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final states; `bidirectional` lets every token see its whole segment, prompt and response."""
         states, _ = self._bind(params).run(layers.joint_row(x), attention, key, keep=False)
         return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])

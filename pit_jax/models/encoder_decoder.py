@@ -176,9 +176,7 @@ class Stack(nnx.Module):
     def each(self, body, carry, inputs):
         """Call `body` for each layer."""
         config = self.config
-        return functional.run_layers(
-            self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat
-        )
+        return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
 
 
 class EncoderDecoderNet(nnx.Module):
@@ -246,9 +244,7 @@ class EncoderDecoder:
         """Return the parameters' logical axis names."""
         return functional.definition(EncoderDecoderNet, self.config).axes
 
-    def hidden(
-        self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention
-    ) -> Hidden:
+    def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return final states: the encoder's of `[prompt | response]` when bidirectional, else of both stacks.
 
         Causal: the encoder's states of the prompt, which see no response, and the decoder's states of the

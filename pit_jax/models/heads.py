@@ -81,9 +81,7 @@ class ScalarModel(_WithHead):
             rule = f"be one of {', '.join(ATTENTIONS)}"
             raise invalid("ScalarModel.attention", self.attention, rule, "Use one of them.")
 
-    def scores(
-        self, params: Params, x: Conditional, count: int, key: jax.Array | None = None
-    ) -> Float[Array, "B M"]:
+    def scores(self, params: Params, x: Conditional, count: int, key: jax.Array | None = None) -> Float[Array, "B M"]:
         """Return the score of each segment 1..count of each row, the bias alone where there is no such segment."""
         hidden = self.lm.hidden(params["trunk"], x, key, attention=self.attention)
         # A mean of products is the product of the mean, and this way nothing of size [B, M, D] exists.

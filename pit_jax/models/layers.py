@@ -116,7 +116,7 @@ def _own_prompt(x: Conditional) -> Bool[Array, "B T S"]:
     return own & (x.prompt_segments > 0)[:, None, :]
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: jax.Array | None) -> Float[Array, "..."]:
+def dropout(x: Float[Array, ...], rate: float, key: jax.Array | None) -> Float[Array, ...]:
     """Return `x` with entries dropped at the given rate and the others scaled up; as it is without a key."""
     if key is None or rate == 0:
         return x

@@ -58,7 +58,7 @@ def put_batch(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
       ConfigError: the rows of all processes cannot be shared out evenly.
     """
     parts = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
-    rows = (batch.inputs if isinstance(batch, Comparisons) else batch)
+    rows = batch.inputs if isinstance(batch, Comparisons) else batch
     for leaf in jax.tree.leaves(rows):
         total = leaf.shape[row_axis] * jax.process_count()
         if total % parts:

@@ -147,8 +147,7 @@ def initial_state(
     transform = build(optimizer, steps)
     shapes = train_state.abstract(run.shapes(network), transform)
     shardings = train_state.shardings(shapes, places, transform)
-    state = train_state.create(jax.device_put(params, places), transform)
-    return jax.device_put(state, shardings), shardings
+    return train_state.create(jax.device_put(params, places), transform, shardings), shardings
 
 
 def fresh_params(run: Run, network: Network, name: str) -> Params:

@@ -165,10 +165,10 @@ def test_wrong_files_name_file_and_line(folder: Path, line: str, expected: list[
 
 
 def test_required_macros_are_all_named(folder: Path) -> None:
-    (folder / "more.gin").write_text("TRAIN_STEPS = %gin.REQUIRED\n")
+    (folder / "more.gin").write_text("TRAIN_STEPS = %gin.REQUIRED  # how long to train\n")
     message = _message(files=("base.gin", "more.gin"))
     assert "MODEL_DIR is required (base.gin:5)" in message
-    assert "TRAIN_STEPS is required (more.gin:1)" in message
+    assert "TRAIN_STEPS, how long to train, is required (more.gin:1)" in message
     assert "--gin.MODEL_DIR=VALUE" in message
 
 

@@ -380,7 +380,7 @@ def test_live_task_cache_and_list_give_the_same_batches(registry, path, tmp_path
         "records": open_source(spec, view=view, split="train", codec=CODEC, seed=11),
         "tokens": open_source(DataSpec(task=f"mine_{view}", window=8), view=view, split="train", codec=CODEC, seed=11),
         "streamed": ShuffledSource(
-            StreamBlocks(lambda: seqio_live.examples_of_task(f"mine_{view}", "train", view), "mine", keep=0),
+            StreamBlocks(lambda: seqio_live.examples_of_task(f"mine_{view}", "train", view), keep=0),
             window=8,
             seed=11,
         ),
@@ -431,11 +431,11 @@ def test_long_stream_is_read_from_where_it_is():
             yield {"prompt": np.full(1, number, np.int32)}
 
     size = [40]
-    blocks, kept = StreamBlocks(numbers, "s", keep=39), StreamBlocks(numbers, "s", keep=40)
+    blocks, kept = StreamBlocks(numbers, keep=39), StreamBlocks(numbers, keep=40)
     assert opened == [40, 40] and blocks.fingerprint == kept.fingerprint and len(blocks) == 40
     for start, stop in ((10, 20), (20, 40), (5, 6)):
         same(blocks.read(start, stop), kept.read(start, stop))
     assert opened == [40, 40, 40, 6]
     size[0] = 30
-    with pytest.raises(DataError, match="it has changed"):
+    with pytest.raises(DataError, match="have changed"):
         blocks.read(0, 40)

@@ -152,3 +152,11 @@ def test_write_jsonl(tmp_path):
     synthetic.write_jsonl(config, path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == list(synthetic.generate(config))
     assert [p.name for p in tmp_path.iterdir()] == ["set.jsonl"]
+
+
+def test_the_example_of_the_documentation_is_true():
+    lines = [line.split(maxsplit=1) for line in synthetic.__doc__.splitlines()]
+    example = {words[0]: words[1] for words in lines if words and words[0] in ("prompt", "chosen", "rejected")}
+    assert synthetic.quality(example["prompt"], example["chosen"]) == 1.0
+    named = [fault.split(":")[0] for fault in synthetic.faults(example["prompt"], example["rejected"])]
+    assert named == ["headline", "include"]

@@ -196,7 +196,9 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))  # no file above half a megabyte
     try:
-        with pytest.raises(CheckpointError, match=r"checkpoint_2 could not be written.*checkpoint_1 is intact"):
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint_2 could not be written: .*File too large.*checkpoint_1 is intact"
+        ):
             checkpoints.save(2, large, {})
             checkpoints.wait()
     finally:

@@ -16,7 +16,7 @@ from . import tiny
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_cached_decoding_equals_the_full_pass(name: str) -> None:
     lm = tiny.MODELS[name]
-    params = lm.init(jax.random.key(2))
+    params = tiny.params(lm)
     examples = [([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11]), ([12], [13, 14, 15, 16, 17]), ([18, 19, 20], [1] * 5)]
     x = tiny.batch([[example] for example in examples], 6, 5, references=2)
     expected = jax.jit(lm.logprobs)(params, x)
@@ -36,30 +36,31 @@ def test_cached_decoding_equals_the_full_pass(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_rows_do_not_depend_on_their_batch_mates_or_on_padding(name: str) -> None:
     lm = tiny.MODELS[name]
-    params = lm.init(jax.random.key(3))
+    params = tiny.params(lm)
     alone = tiny.batch([[([5, 6, 7], [8, 9])]], 3, 2)
     among = tiny.batch([[([1, 2, 3, 4, 5], [3, 3])], [([5, 6, 7], [8, 9])]], 8, 2)
-    one, one_cache = lm.prefill(params, tiny.prompts_of(alone), 2)
-    two, two_cache = lm.prefill(params, tiny.prompts_of(among), 4)
+    prefill, step = jax.jit(lm.prefill, static_argnums=2), jax.jit(lm.step)
+    one, one_cache = prefill(params, tiny.prompts_of(alone), 2)
+    two, two_cache = prefill(params, tiny.prompts_of(among), 4)
     np.testing.assert_allclose(one[0], two[1], atol=1e-5)
-    one, _ = lm.step(params, one_cache, alone.response[:, 0])
-    two, _ = lm.step(params, two_cache, among.response[:, 0])
+    one, _ = step(params, one_cache, alone.response[:, 0])
+    two, _ = step(params, two_cache, among.response[:, 0])
     np.testing.assert_allclose(one[0], two[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rotary", "learned", "t5"])
+@pytest.mark.parametrize("name", ["learned", "t5"])
 def test_the_cache_is_carried_without_copies(name: str) -> None:
     lm = tiny.MODELS[name]
     prompts = tiny.prompts_of(tiny.batch([[([5, 6, 7], [8])]], 3, 1))
-    params = lm.init(jax.random.key(3))
-    _, cache = lm.prefill(params, prompts, 4)
+    params = tiny.params(lm)
+    _, cache = jax.eval_shape(lambda: lm.prefill(params, prompts, 4))
     step = jax.jit(lm.step, donate_argnums=1)
     compiled = step.lower(params, cache, jnp.zeros(1, jnp.int32)).compile()
-    assert compiled.memory_analysis().alias_size_in_bytes >= cache.keys.nbytes + cache.values.nbytes
+    assert compiled.memory_analysis().alias_size_in_bytes >= 2 * cache.keys.size * cache.keys.dtype.itemsize
 
 
 def test_learned_positions_must_suffice() -> None:
     lm = DecoderOnly(tiny.LEARNED)
     prompts = tiny.prompts_of(tiny.batch([[([5], [8])]], 30, 1))
     with pytest.raises(ConfigError, match="max_positions = 32 must be at least 30 prompt tokens"):
-        lm.prefill(lm.init(jax.random.key(0)), prompts, 3)
+        lm.prefill(tiny.params(lm), prompts, 3)

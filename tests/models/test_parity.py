@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from . import hf_mapping
 from pit_jax.core.types import Conditional, Prompts
 from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.models.encoder_decoder import EncoderDecoder
+
+from . import hf_mapping
 
 WEIGHTS = Path(__file__).parent.parent / "data" / "weights"
 TOLERANCE = 1e-4

@@ -72,7 +72,7 @@ T5 = dict(vocab_size=8, width=8, heads=4, head_dim=2, mlp=8, encoder_layers=1, d
         ({"position": "absolute"}, "'rotary' or 'learned'"),
         ({"position": "learned"}, "max_positions = None must be given"),
         ({"max_positions": 8}, "only then"),
-        ({"activation": "gelu"}, "Did you mean 'gelu_tanh'"),
+        ({"activation": "gelu_tan"}, "Did you mean 'gelu_tanh'"),
         ({"remat": "some"}, "remat = 'some' must be one of none, full"),
         ({"dtype": "float16"}, "float32, bfloat16"),
         ({"dropout": 1.0}, r"lie in \[0, 1\)"),

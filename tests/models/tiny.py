@@ -28,17 +28,19 @@ DECODERS = {"rotary": DecoderOnly(ROTARY), "learned": DecoderOnly(LEARNED), "win
 MODELS = DECODERS | {"t5": EncoderDecoder(T5)}
 FAMILIES = ["rotary", "t5"]
 
+
 # Compiled once per model and shapes, for all tests of a process.
 @functools.partial(jax.jit, static_argnums=0)
-def logprobs(lm: ConditionalLM, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
-    """Return `lm.logprobs`, compiled."""
-    return lm.logprobs(params, x, key)
+def everything(lm: ConditionalLM, params: Params, x: Conditional) -> tuple[TokenScores, Hidden, Hidden]:
+    """Return `logprobs`, and `hidden` causal and bidirectional."""
+    causal, bidirectional = (lm.hidden(params, x, attention=how) for how in ("causal", "bidirectional"))
+    return lm.logprobs(params, x), causal, bidirectional
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def hidden(lm: ConditionalLM, params: Params, x: Conditional, attention: str) -> Hidden:
-    """Return `lm.hidden`, compiled."""
-    return lm.hidden(params, x, attention=attention)
+@functools.partial(jax.jit, static_argnums=0)
+def logp(lm: ConditionalLM, params: Params, x: Conditional, key: jax.Array | None = None) -> jax.Array:
+    """Return the log-probabilities of `lm.logprobs`."""
+    return lm.logprobs(params, x, key).logp
 
 
 @functools.cache
@@ -85,8 +87,14 @@ def prompts_of(x: Conditional) -> Prompts:
     return Prompts(tokens=x.prompt, mask=x.prompt_segments > 0, reference=x.prompt_reference)
 
 
-def examples(count: int, seed: int = 0) -> list[Example]:
-    """Return examples of several lengths."""
-    random = np.random.default_rng(seed)
-    lengths = [(int(random.integers(2, 6)), int(random.integers(1, 6))) for _ in range(count)]
-    return [tuple(random.integers(1, VOCABULARY, length).tolist() for length in pair) for pair in lengths]
+EXAMPLES: list[Example] = [
+    ([1, 2, 3, 4, 5], [6, 7, 8]),
+    ([9, 10], [11]),
+    ([12, 13, 14, 15, 16, 17], [18, 19, 20, 21, 22]),
+    ([23, 24, 25], [26, 27]),
+]
+
+
+def plain() -> Conditional:
+    """Return `EXAMPLES`, one a row."""
+    return batch([[example] for example in EXAMPLES], 6, 5, references=2)

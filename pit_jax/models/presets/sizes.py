@@ -47,7 +47,9 @@ ENCODER_DECODER: dict[str, dict[str, Any]] = {
     "t5-nano": dict(vocab_size=128, width=64, heads=4, head_dim=16, mlp=128, encoder_layers=2, decoder_layers=2)
     | _SMALL_SCALE,
     "t5-small": dict(vocab_size=32_128, width=512, heads=6, head_dim=64, mlp=1024, encoder_layers=8, decoder_layers=8),
-    "t5-base": dict(vocab_size=32_128, width=768, heads=12, head_dim=64, mlp=2048, encoder_layers=12, decoder_layers=12),
+    "t5-base": dict(
+        vocab_size=32_128, width=768, heads=12, head_dim=64, mlp=2048, encoder_layers=12, decoder_layers=12
+    ),
     "t5-large": dict(
         vocab_size=32_128, width=1024, heads=16, head_dim=64, mlp=2816, encoder_layers=24, decoder_layers=24
     ),
