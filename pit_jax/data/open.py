@@ -113,8 +113,8 @@ def open_blocks(spec: DataSpec, *, view: str, split: Split, codec: Codec) -> Blo
     blocks: BlockProvider = StreamBlocks(opened) if spec.task else ListBlocks(list(opened()))
     if len(blocks) == 0:
         raise DataError(
-            f"There is no example of the view {view!r} in the split {split!r} ({reports[0].summary()}). Give more data, raise the "
-            "lengths, or change DataSpec.folds; `pit-jax inspect-data` shows the records."
+            f"There is no example of the view {view!r} in the split {split!r} ({reports[0].summary()}). Give more data,"
+            " raise the lengths, or change DataSpec.folds; `pit-jax inspect-data` shows the records."
         )
     return blocks
 

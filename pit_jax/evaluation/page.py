@@ -10,13 +10,17 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --add: #2e8b5733; --cut: #d1495b33; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem; display: block; overflow-x: auto; }
+table { border-collapse: collapse; font-size: .88rem;
+  font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 figure { display: inline-block; margin: 1rem 1rem 0 0; vertical-align: top; max-width: 100%; }
-img { max-width: 100%; background: white; border: 1px solid var(--line); } figcaption { font-size: .85rem; max-width: 44rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; } dt { font-weight: 600; } dd { margin: 0; }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .7rem 0; white-space: pre-wrap; }
+img { max-width: 100%; background: white; border: 1px solid var(--line); }
+figcaption { font-size: .85rem; max-width: 44rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0; }
+.card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .7rem 0;
+  white-space: pre-wrap; }
 .card b { font-weight: 600; } ins { background: var(--add); text-decoration: none; } del { background: var(--cut); }
 .win { border-left: 4px solid #2e8b57; } .lose { border-left: 4px solid #d1495b; } .tie { border-left: 4px solid #999; }
 label { margin-right: 1rem; }

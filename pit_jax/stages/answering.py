@@ -33,7 +33,9 @@ def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size:
     """
     network = run.artifact(reference).network
     if not isinstance(network, ScalarModel):
-        raise CheckpointError(f"{reference!r} must be a reward stage, but it trained a language model. Name a reward stage.")
+        raise CheckpointError(
+            f"{reference!r} must be a reward stage, but it trained a language model. Name a reward stage."
+        )
     return Scorer(
         model=network,
         width=run.codec.width(kind),

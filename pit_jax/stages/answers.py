@@ -69,9 +69,7 @@ class Answers:
 
         return self._kept(name, temperature, make)
 
-    def improved(
-        self, name: str, improver: str, gap: str, config: Improve, original: Answered
-    ) -> list[Answered]:
+    def improved(self, name: str, improver: str, gap: str, config: Improve, original: Answered) -> list[Answered]:
         """Return the answers after 1, 2, ... `config.iterations` improvement steps: NAME, NAME_iter2, ..."""
         names = [name if k == 1 else f"{name}_iter{k}" for k in range(1, config.iterations + 1)]
         temperature = original.temperature

@@ -23,6 +23,8 @@ from pit_jax.text.tokenizer import load_tokenizer
 MANIFEST = "stage.json"
 RESULT = "result.json"
 SNAPSHOTS = "snapshots"
+RESPONSES = "responses"
+ORDER = "stages.json"
 
 Network = ConditionalLM | ScalarModel | ValueModel
 
@@ -36,6 +38,33 @@ def abstract_params(network: Network, mesh: Mesh | None) -> Params:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def nothing_made(stage: epath.Path) -> bool:
+    """Return whether a stage directory holds nothing that would be lost: no record, checkpoint, answer or result."""
+    made = any((stage / name).exists() for name in ("metrics.jsonl", SNAPSHOTS, RESPONSES, RESULT))
+    return not made and not list(stage.glob("checkpoint_*"))
+
+
+def finished_stages(run: epath.Path) -> list[epath.Path]:
+    """Return the directories of a run's finished stages, in the order in which they were finished.
+
+    The order is written down, for times of files do not survive a copy.
+    """
+    found = {path.parent.name: path.parent for path in run.glob(f"*/{MANIFEST}") if (path.parent / RESULT).exists()}
+    order = [name for name in _order(run) if name in found]
+    return [found[name] for name in [*order, *sorted(found.keys() - set(order))]]
+
+
+def note_finished(run: epath.Path, stage: str) -> None:
+    """Put a stage at the end of the run's order; one that was made anew keeps its place."""
+    order = _order(run)
+    if stage not in order:
+        files.write_json(run / ORDER, [*order, stage])
+
+
+def _order(run: epath.Path) -> list[str]:
+    return files.read_json(run / ORDER) if (run / ORDER).exists() else []
 
 
 def claim(path: epath.Path, wanted: dict[str, Any], *, what: str) -> None:

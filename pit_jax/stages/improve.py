@@ -127,7 +127,9 @@ def improve_file(request: Request) -> None:
       CheckpointError: the directory has no improver. DataError: a line is bad, or a response does not fit.
     """
     config = Improve(
-        iterations=request.iterations, candidates=request.candidates, accept="gap" if request.accept == "gap" else "always"
+        iterations=request.iterations,
+        candidates=request.candidates,
+        accept="gap" if request.accept == "gap" else "always",
     )
     improver = Improver(request.checkpoint)
     report = ReadReport()
@@ -139,7 +141,8 @@ def improve_file(request: Request) -> None:
     judge = improver.judge()
     if judge is None and config.needs_gap:
         _LOG.warning(
-            "no gap reward model found beside %s: the accept rule is OFF, every proposal is taken", improver.artifact.directory
+            "no gap reward model found beside %s: the accept rule is OFF, every proposal is taken",
+            improver.artifact.directory,
         )
         config = Improve(iterations=request.iterations, accept="always")
     sampler = improver.sampler("improver", request.temperature)
@@ -207,7 +210,7 @@ def _drafts(request: Request, codec: Codec, report: ReadReport) -> Iterator[Draf
 def _draft(raw: dict[str, object]) -> Draft:
     prompt, response = raw.get("prompt"), raw.get("response")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError("field 'prompt' must be a text that is not empty. Write {\"prompt\": ..., \"response\": ...}.")
+        raise DataError('field \'prompt\' must be a text that is not empty. Write {"prompt": ..., "response": ...}.')
     if response is not None and not isinstance(response, str):
         raise DataError(f"field 'response' must be a text, not {type(response).__name__}. Write the draft to improve.")
     return Draft(prompt=prompt, response=response)

@@ -137,7 +137,9 @@ class Rl:
         )
         steps = self.curriculum.steps
         state, shardings = initial_state(run, network, self._initial(run, network), self.training.optimizer, steps)
-        step = make_step(objective(run.lm, self.rl), self.training.optimizer, steps=steps * self.rl.updates, shardings=shardings)
+        step = make_step(
+            objective(run.lm, self.rl), self.training.optimizer, steps=steps * self.rl.updates, shardings=shardings
+        )
         kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
         held_out = held_out_judge(run, self, frozen)
         program = RlProgram(self._parts(run, step, kept, held_out), frozen, _LOG.warning)

@@ -23,16 +23,25 @@ from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError, DataError, invalid
 from pit_jax.core.rng import stream_id
+from pit_jax.core.types import Params
 from pit_jax.data.folds import Split
 from pit_jax.data.open import DataSpec, open_examples, open_records, open_source
 from pit_jax.data.source import Source
 from pit_jax.data.views import Example
-from pit_jax.core.types import Params
 from pit_jax.io import files, serialize
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.presets.catalog import language_model
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
-from pit_jax.stages.artifact import MANIFEST, RESULT, Artifact, Network, abstract_params, claim, different, split_reference
+from pit_jax.stages.artifact import (
+    MANIFEST,
+    RESULT,
+    Artifact,
+    Network,
+    abstract_params,
+    claim,
+    different,
+    split_reference,
+)
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece

@@ -53,7 +53,7 @@ class Sft:
 def train_language_model(
     run: Run, name: str, view: Literal["sft_policy", "sft_improver"], training: Training, z_loss: float, params: Params
 ) -> None:
-    """Train on the {inputs, targets} examples of a view, with the cross-entropy of the validation split as evaluation."""
+    """Train on the {inputs, targets} examples of a view; the validation split's cross-entropy is the evaluation."""
     collator = collator_for(
         view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches, packing=training.packing
     )

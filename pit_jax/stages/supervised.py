@@ -48,7 +48,10 @@ class Training:
         """Check what no other class does."""
         if self.evaluation_records < 1:
             raise invalid(
-                "Training.evaluation_records", self.evaluation_records, "be at least 1", "512 gives errors of about 2 %."
+                "Training.evaluation_records",
+                self.evaluation_records,
+                "be at least 1",
+                "512 gives errors of about 2 %.",
             )
 
 

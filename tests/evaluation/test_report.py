@@ -36,7 +36,9 @@ def _report():
         supervised={"sft": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval/loss": 1.1}]},
         reinforced={"rl": [{"step": 1, "reward/mean": 0.1, "kl/mean": 0.0, "length/mean": 8.0, "eos_rate": 1.0}]},
         examples=(
-            report.Example(prompt="say <b>", original="a b c", improved="a x c", score_original=0.5, score_improved=1.0),
+            report.Example(
+                prompt="say <b>", original="a b c", improved="a x c", score_original=0.5, score_improved=1.0
+            ),
         ),
     )  # fmt: skip
 
