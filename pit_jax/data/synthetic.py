@@ -33,7 +33,8 @@ have a wrong headline over right working. Without that a model would learn to co
 stop, and wrong headlines would ruin the working.
 
 The presets. ``easy`` has short routes over two roads, few enough to be learned by heart. ``demo`` is the setting
-above, with few words and longer routes, so that a small network learns the working but not the headline. ``hard`` adds the third family, longer routes and lists, and more constraints in a prompt.
+above, with few words and longer routes, so that a small network learns the working but not the headline. ``hard``
+adds the third family, longer routes and lists, and more constraints in a prompt.
 
 How a pair is made. The better reply is a perfect one with a few slips. For ``related_share`` of the records the
 worse reply is the better one with ``extra_faults`` more; else it is an independent, worse attempt. Improvement

@@ -13,6 +13,7 @@ from etils import epath
 
 from pit_jax.evaluation import page, plots
 from pit_jax.evaluation.winrate import Comparison
+from pit_jax.io import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,12 +60,12 @@ class Report:
 
 
 def write(report: Report, directory: epath.Path) -> epath.Path:
-    """Write report.json, report.md, report.html and the PNG plots; return the page's path."""
+    """Write the PNG plots, report.md, report.html and, last, report.json; return the page's path."""
     directory.mkdir(parents=True, exist_ok=True)
     pictures = _draw(report, directory)
-    (directory / "report.json").write_text(json.dumps(_as_json(report), indent=1, allow_nan=False) + "\n")
-    (directory / "report.md").write_text(markdown(report, pictures))
-    (directory / "report.html").write_text(_html(report, pictures, directory))
+    files.write_text(directory / "report.md", markdown(report, pictures))
+    files.write_text(directory / "report.html", _html(report, pictures, directory))
+    files.write_text(directory / "report.json", json.dumps(_as_json(report), indent=1, allow_nan=False) + "\n")
     return directory / "report.html"
 
 

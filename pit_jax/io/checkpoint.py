@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -54,6 +55,8 @@ class Checkpoints:
         if keep is not None and keep < 1:
             raise ValueError(f"keep = {keep} must be at least 1 or None")
         self.directory = epath.Path(directory)
+        if files.is_local(directory):  # Orbax takes absolute paths only
+            self.directory = epath.Path(os.path.abspath(directory))
         self._keep = keep
         self._asynchronous = asynchronous
         self._pending: tuple[int, Any] | None = None

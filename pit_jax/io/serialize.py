@@ -41,10 +41,22 @@ def from_json(data: Any) -> Any:
     """
     if isinstance(data, Mapping):
         fields = {key: from_json(item) for key, item in data.items() if key != _TYPE}
-        return _dataclass(data[_TYPE])(**fields) if _TYPE in data else fields
+        return _build(data[_TYPE], fields) if _TYPE in data else fields
     if isinstance(data, list):
         return tuple(from_json(item) for item in data)
     return data
+
+
+def _build(path: str, fields: Mapping[str, Any]) -> Any:
+    found = _dataclass(path)
+    known = {field.name for field in dataclasses.fields(found)}
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise CheckpointError(
+            f"The configuration of {path!r} has {unknown}, which this version of pit_jax does not know. "
+            "Use the version that wrote it."
+        )
+    return found(**fields)
 
 
 def _dataclass(path: str) -> type:
@@ -68,10 +80,10 @@ def _dataclass(path: str) -> type:
 
 
 def flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, scalar) for nested JSON data."""
-    if isinstance(data, Mapping):
+    """Yield (dotted path, scalar or empty container) for nested JSON data."""
+    if data and isinstance(data, Mapping):
         items: Iterator[tuple[Any, Any]] = iter(data.items())
-    elif isinstance(data, list):
+    elif data and isinstance(data, list):
         items = iter(enumerate(data))
     else:
         yield prefix, data
@@ -86,4 +98,9 @@ def differences(old: Any, new: Any) -> list[str]:
     missing = "(absent)"
     paths = [*left, *(path for path in right if path not in left)]
     pairs = ((path, left.get(path, missing), right.get(path, missing)) for path in paths)
-    return [f"{path}: {before!r} -> {after!r}" for path, before, after in pairs if before != after]
+    return [f"{path}: {before!r} -> {after!r}" for path, before, after in pairs if _differ(before, after)]
+
+
+def _differ(before: Any, after: Any) -> bool:
+    """Return whether two scalars differ; True and 1 do, although Python calls them equal, 1 and 1.0 do not."""
+    return before != after or isinstance(before, bool) != isinstance(after, bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pit_jax.core.errors import invalid, nearest
+from pit_jax.core.errors import ConfigError, invalid, nearest
 
 ACTIVATIONS = ("silu", "gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
@@ -68,7 +68,7 @@ class ModelConfig:
         if vars(self)[name] < least:
             raise self.bad(name, f"be at least {least}", "Give a larger number.")
 
-    def bad(self, name: str, rule: str, fix: str) -> Exception:
+    def bad(self, name: str, rule: str, fix: str) -> ConfigError:
         """Return the error for one of this config's fields."""
         return invalid(f"{type(self).__name__}.{name}", vars(self)[name], rule, fix)
 

@@ -156,20 +156,20 @@ class DecoderNet(nnx.Module):
 
     def run(
         self, row: layers.Row, attention: Attention, key: jax.Array | None, *, keep: bool
-    ) -> tuple[Float[Array, "B L D"], layers.KeysValues | None]:
+    ) -> tuple[Float[Array, "B L D"], layers.KeysValues | tuple[()]]:
         """Return the final states of whole rows and, to `keep` for a cache, every layer's keys and values."""
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
         seen = mask.same_segment(row.segments, row.segments)
         if attention == "causal":
-            seen = mask.both(seen, mask.causal(row.positions, row.positions))
+            seen = seen & mask.causal(row.positions, row.positions)
         near, turn = self.near(seen, row.positions, row.positions), self.turn(row.positions)
 
-        def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, layers.KeysValues | None]:
+        def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, layers.KeysValues | tuple[()]]:
             windowed, key = inputs
             queries, known = block.look(x, turn)
             sight = layers.Sight(jnp.where(windowed, near, seen), None)
             x = block.finish(x, queries, known, sight, None, key)
-            return constrain(x, ("batch", "length", None)), known if keep else None
+            return constrain(x, ("batch", "length", None)), known if keep else ()
 
         inputs = (self.config.windowed, layers.layer_keys(layer_key, self.config.layers))
         x, known = self._layers(body, self.embed(row, embed_key), inputs)
@@ -249,7 +249,7 @@ class DecoderOnly:
         Raises:
           ConfigError: prompts and new tokens need more positions than are learned.
         """
-        net, (rows, width) = self._bind(params), prompts.tokens.shape
+        net, width = self._bind(params), prompts.tokens.shape[1]
         most = self.config.max_positions
         if most is not None and width + max_new > most:
             rule = f"be at least {width} prompt tokens + {max_new} new ones"

@@ -219,7 +219,7 @@ class EncoderDecoderNet(nnx.Module):
         """Return the decoder's states: at each response token, of the tokens before it."""
         keys = (None, None) if key is None else jax.random.split(key)
         columns = jnp.arange(response.tokens.shape[1], dtype=jnp.int32)[None, :]
-        seen = mask.both(mask.same_segment(response.segments, response.segments), mask.causal(columns, columns))
+        seen = mask.same_segment(response.segments, response.segments) & mask.causal(columns, columns)
         sight = layers.Sight(seen, self.decoder.bias(columns, columns))
         across = layers.Sight(mask.same_segment(response.segments, prompt.segments), None)
         x = self.embed(layers.shift_right(response, self.config.start_id), keys[0])

@@ -22,7 +22,7 @@ _HEAD_SCALE = 0.1
 
 def take_trunk(params: Params) -> Params:
     """Return the language model's parameters out of any model's: a head's trunk, or a language model's as they are."""
-    return params["trunk"] if "trunk" in params else params
+    return params.get("trunk", params)
 
 
 @dataclasses.dataclass(frozen=True)

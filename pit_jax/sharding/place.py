@@ -36,7 +36,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def batch_shardings(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
     """Return the tree of shardings of a batch: rows over `data` and `fsdp`, everything else whole.
 
-    The tables of `Comparisons` (index, weight, length) point into the scores of all rows, so every device has them.
+    The tables of `Comparisons` (index, weight, length) point into the scores of all rows, so every device has them
+    (and every process must pass the same).
 
     Args:
       batch: any tree of arrays; in `Comparisons` only `inputs` is cut.

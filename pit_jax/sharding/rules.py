@@ -67,7 +67,7 @@ def specs(axes: Any, shapes: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Ask the compiler to cut an activation by `DEFAULT_RULES` over the mesh of `jax.set_mesh`; without one, do nothing.
+    """Ask the compiler to cut an activation by `DEFAULT_RULES` over the mesh of `jax.set_mesh`, if there is one.
 
     Parameters cut along the width would otherwise tempt it into cutting activations there instead of along the batch.
     """

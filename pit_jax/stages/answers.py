@@ -52,7 +52,7 @@ class Answers:
 
         def make() -> list[Response]:
             sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self._batch_size)
-            answerer = functools.partial(sampler.answer, self.run.trunk(policy))
+            answerer = functools.partial(sampler.answer, self.run.language_model(policy, "policy"))
             return first_answers(answerer, self.run.codec, self.prompts, self.run.seed)
 
         return self._kept(name, temperature, make)
@@ -62,7 +62,7 @@ class Answers:
 
         def make() -> list[Response]:
             sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self._batch_size)
-            answerer = functools.partial(sampler.answer, self.run.trunk(policy))
+            answerer = functools.partial(sampler.answer, self.run.language_model(policy, "policy"))
             judge = self.judge(reward, "policy")
             best = best_of_n(answerer, judge, self.run.codec, self.prompts, n, self.run.seed)
             return [entry.answer for entry in best]
@@ -76,9 +76,14 @@ class Answers:
         if not all(self._path(each, temperature).exists() for each in names):
             sampler = answering.sampler(self.run, "improver", Sampling(temperature=temperature), self._batch_size)
             trajectories = improve(
-                config, functools.partial(sampler.answer, self.run.trunk(improver)), self.judge(gap, "gap"),
-                self.run.codec, self.prompts, original.responses, self.run.seed,
-            )  # fmt: skip
+                config,
+                functools.partial(sampler.answer, self.run.language_model(improver, "improver")),
+                self.judge(gap, "gap"),
+                self.run.codec,
+                self.prompts,
+                original.responses,
+                self.run.seed,
+            )
             for k, each in enumerate(names, start=1):
                 self._write(each, temperature, [trajectory.answer(k) for trajectory in trajectories])
         return [self._read(each, temperature) for each in names]

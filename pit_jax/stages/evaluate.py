@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from pit_jax.core.errors import invalid
@@ -14,9 +16,11 @@ from pit_jax.evaluation import judges, report
 from pit_jax.evaluation.winrate import Comparison, compare, interval
 from pit_jax.improve.accept import Improve
 from pit_jax.stages.answers import Answered, Answers
+from pit_jax.stages.artifact import RESPONSES, split_reference
 from pit_jax.stages.reporting import training_records, write_report
 from pit_jax.stages.run import Run
 
+_LOG = logging.getLogger(__name__)
 Quality = dict[str, dict[float, tuple[float, float, float]]]
 
 
@@ -60,6 +64,25 @@ class Evaluate:
             raise invalid("Evaluate.prompts", self.prompts, "be at least 2", "1000 gives intervals of about 3 points.")
         if not self.temperatures:
             raise invalid("Evaluate.temperatures", self.temperatures, "have at least one entry", "Use (1.0,).")
+        names = self._system_names()
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or any("/" in name for name in names):
+            rule = f"differ from each other and from those the evaluation makes; {twice} occur twice"
+            raise invalid("Evaluate.improvers, .policies", [*self.improvers, *self.policies], rule, "Rename them.")
+
+    def _system_names(self) -> list[str]:
+        """Return the names of all response sets, which are also those of their files."""
+        steps = ["", *(f"_iter{k}" for k in range(2, self.iterations + 1))]
+        curve = [f"policy_{count}" for count in self.policy_curve]
+        return [
+            "original",
+            *(f"{name}{step}" for name in ("pit", "pit_raw") for step in steps),
+            *(f"best_of_{n}" for n in self.best_of),
+            *(f"{name}{suffix}" for name in self.improvers for suffix in ("", "_raw")),
+            *self.policies,
+            *curve,
+            *(f"{name}_of_{policy}" for name in ("pit", "pit_raw") for policy in curve),
+        ]
 
     def inputs(self) -> list[str]:
         """Return every checkpoint that is read."""
@@ -70,10 +93,12 @@ class Evaluate:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, compare, write the report; return the row of PIT against the Original."""
-        directory = run.begin(self, run.lm, inputs=self.inputs(), snapshots={})
+        directory = run.begin(self, run.lm, snapshots={})
         examples = run.examples("evaluate", "validation", limit=1 << 62)
         prompts = list(dict.fromkeys(tuple(example["prompt"].tolist()) for example in examples))[: self.prompts]
-        answers = Answers(run, directory / "responses", prompts, self.batch_size)
+        if len(prompts) < self.prompts:
+            _LOG.warning("%s: only %d of %d held-out prompts exist", self.name, len(prompts), self.prompts)
+        answers = Answers(run, directory / RESPONSES, prompts, self.batch_size)
         jury = Jury(run, answers, self.reward)
         rows, sets = self._against_original(jury)
         rows += self._head_to_head(jury, sets)
@@ -81,6 +106,7 @@ class Evaluate:
         top = self.temperatures[0]
         write_report(
             run,
+            self.name,
             report.Report(
                 title=self.title,
                 seed=run.seed,
@@ -205,7 +231,7 @@ class Jury:
         exact = None if path is None else judges.import_function(path)
         self._exact = None if exact is None else judges.FunctionJudge(name="exact", function=exact)
         self._reward = answers.judge(reward, "policy")
-        self.names = [*(["exact"] if exact else []), reward.partition(":")[0]]
+        self.names = [*(["exact"] if exact else []), epath.Path(split_reference(reward)[0]).name]
         self._scores: dict[tuple[str, float, str], Float[np.ndarray, " n"]] = {}
 
     def scores(self, entry: Answered, judge: str) -> Float[np.ndarray, " n"]:

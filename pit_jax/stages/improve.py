@@ -8,7 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -21,7 +21,7 @@ from pit_jax.improve.accept import Improve
 from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
 from pit_jax.io import files
 from pit_jax.models.heads import ScalarModel
-from pit_jax.stages.artifact import MANIFEST, RESULT, Artifact, split_reference
+from pit_jax.stages.artifact import MANIFEST, Artifact, finished_stages, split_reference
 from pit_jax.text.codec import Codec
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Request:
     output: str | None = None
     iterations: int = 1
     candidates: int = 1
-    accept: str = "gap"
+    accept: Literal["gap", "always"] = "gap"
     temperature: float = 1.0
     seed: int = 0
     on_bad_record: OnBadRecord = "fail"
@@ -63,23 +63,26 @@ class Improver:
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
-        self.gap = self._artifact(stage.get("reward"), verb="reward", role="gap")
-        self._policy_reference = stage.get("policy")
-        self.policy = self._artifact(stage.get("policy"), verb="rl", role="policy") or self._artifact(
-            None, verb="sft", role="policy"
-        )
+        self.gap, _ = self._named(stage.get("reward")) or self._found("reward", "gap")
+        self.policy, self._policy_snapshot = self._named(stage.get("policy")) or self._found("rl", "policy")
+        if self.policy is None:
+            self.policy, self._policy_snapshot = self._found("sft", "policy")
 
     @property
     def codec(self) -> Codec:
         """How its texts become tokens."""
         return self.artifact.codec
 
-    def _artifact(self, reference: str | None, *, verb: str, role: str) -> Artifact | None:
-        if reference is not None:
-            place, _ = split_reference(reference)
-            path = epath.Path(place) if "/" in place else self._run / place
-            return Artifact(path) if (path / MANIFEST).exists() else None
-        return _stage_of(self._run, verb, role)
+    def _named(self, reference: str | None) -> tuple[Artifact, str | None] | None:
+        """Return the stage and snapshot of a reference, None where there is none (any more)."""
+        if reference is None:
+            return None
+        place, snapshot = split_reference(reference)
+        path = epath.Path(place) if "/" in place else self._run / place
+        return (Artifact(path), snapshot) if (path / MANIFEST).exists() else None
+
+    def _found(self, verb: str, role: str) -> tuple[Artifact | None, None]:
+        return _stage_of(self._run, verb, role), None
 
     def judge(self) -> Judge | None:
         """Return r_gap as a scoring function, None where the run has no gap model."""
@@ -111,10 +114,8 @@ class Improver:
             raise DataError(
                 f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
             )
-        reference = self._policy_reference
-        snapshot = None if reference is None else split_reference(reference)[1]
-        sampler = self.sampler("policy", temperature)
-        return first_answers(functools.partial(sampler.answer, self.policy.trunk(snapshot)), self.codec, prompts, seed)
+        sampler, params = self.sampler("policy", temperature), self.policy.trunk(self._policy_snapshot)
+        return first_answers(functools.partial(sampler.answer, params), self.codec, prompts, seed)
 
 
 def improve_file(request: Request) -> None:
@@ -126,11 +127,7 @@ def improve_file(request: Request) -> None:
     Raises:
       CheckpointError: the directory has no improver. DataError: a line is bad, or a response does not fit.
     """
-    config = Improve(
-        iterations=request.iterations,
-        candidates=request.candidates,
-        accept="gap" if request.accept == "gap" else "always",
-    )
+    config = Improve(iterations=request.iterations, candidates=request.candidates, accept=request.accept)
     improver = Improver(request.checkpoint)
     report = ReadReport()
     drafts = list(_drafts(request, improver.codec, report))
@@ -237,7 +234,5 @@ def _improver(directory: epath.Path) -> Artifact:
 
 def _stage_of(run: epath.Path, verb: str, role: str) -> Artifact | None:
     """Return the stage of a verb and role that was finished first: recipes put ablations after the main stage."""
-    finished = [path.parent for path in run.glob(f"*/{MANIFEST}") if (path.parent / RESULT).exists()]
-    finished.sort(key=lambda path: (path / RESULT).stat().mtime)
-    stages = [Artifact(path) for path in finished]
+    stages = [Artifact(path) for path in finished_stages(run)]
     return next((s for s in stages if (s.manifest["verb"], s.manifest["role"]) == (verb, role)), None)

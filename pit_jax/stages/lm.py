@@ -39,9 +39,13 @@ class LanguageModel:
         if self.length < 2:
             raise invalid("LanguageModel.length", self.length, "be at least 2", "256 is usual for small models.")
 
+    def inputs(self) -> list[str]:
+        """Return what it starts from."""
+        return [] if self.init_from is None else [self.init_from]
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
-        directory = run.begin(self, run.lm, inputs=() if self.init_from is None else (self.init_from,), snapshots={})
+        directory = run.begin(self, run.lm, snapshots={})
         # One token of context before the first target, and no template: ordinary language modelling.
         lengths = Lengths(inputs=1, targets=self.length)
         codec = Codec(tokenizer=run.tokenizer, templates=Templates(policy="{prompt}", bos=False), lengths=lengths)
@@ -64,5 +68,6 @@ class LanguageModel:
             source=open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)),
             evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
         )
-        train(trainer, fresh_params(run, run.lm, self.name) if self.init_from is None else run.trunk(self.init_from))
+        start = self.init_from
+        train(trainer, fresh_params(run, run.lm, self.name) if start is None else run.language_model(start))
         return finished(directory) or {}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
+
+from etils import epath
 
 from pit_jax.core.errors import ConfigError, invalid, nearest
 from pit_jax.io.progress import duration
+from pit_jax.stages.artifact import MANIFEST, split_reference
+from pit_jax.stages.rl import Rl
 from pit_jax.stages.run import Experiment, Run
 
 _LOG = logging.getLogger(__name__)
+_TAKEN = ("report", "tokenizer")
 
 
 class Stage(Protocol):
@@ -33,6 +38,10 @@ class Stage(Protocol):
         """Which of the two stages of a verb it is, "" where there is one."""
         ...
 
+    def inputs(self) -> list[str]:
+        """Return references of the checkpoints it starts from or reads."""
+        ...
+
     def run(self, run: Run) -> dict[str, Any]:
         """Do it, or continue where it was interrupted, and return what is to be reported."""
         ...
@@ -51,12 +60,15 @@ class Recipe:
     stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        """Check that names are distinct."""
+        """Check that names are distinct and can be directories of the run."""
         object.__setattr__(self, "stages", tuple(self.stages))
         names = [stage.name for stage in self.stages]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise invalid("Recipe.stages", twice, "have different names", "Rename one of them.")
+        bad = [name for name in names if name in _TAKEN or not name or set(name) & set("/:")]
+        if bad:
+            raise invalid("Recipe.stages", bad, f"have names without / and :, other than {_TAKEN}", "Rename them.")
         if self.seed < 0:
             raise invalid("RANDOM_SEED", self.seed, "be 0 or more", "Use a small whole number.")
 
@@ -64,24 +76,54 @@ class Recipe:
         """Run the named stages, or all: finished ones are skipped, an interrupted one continues.
 
         Raises:
-          ConfigError: a name is not that of a stage.
+          ConfigError: a name is not that of a stage, or a stage needs one that is not made before it.
           CheckpointError: the run directory belongs to another seed or configuration.
         """
         known = {stage.name: stage for stage in self.stages}
         for name in names or ():
             if name not in known:
                 raise ConfigError(f"There is no stage {name!r} in the recipe.{nearest(name, known)}")
+        self.check_references()
         run = Run.claim(self.model_dir, self.seed, self.experiment)
         for stage in self.stages:
             if names is None or stage.name in names:
                 run_stage(run, stage)
+
+    def check_references(self) -> None:
+        """Check that each stage finds what it names: hours of training should not end at a misspelt name.
+
+        Raises:
+          ConfigError: a stage names one that the recipe has not or has later, or a snapshot that is not kept.
+        """
+        made: dict[str, Stage] = {}
+        for stage in self.stages:
+            for reference in stage.inputs():
+                place, snapshot = split_reference(reference)
+                if "/" not in place:
+                    self._check_reference(stage.name, place, snapshot, made)
+            made[stage.name] = stage
+
+    def _check_reference(self, name: str, place: str, snapshot: str | None, made: Mapping[str, Stage]) -> None:
+        source = made.get(place)
+        if source is None:
+            if (epath.Path(self.model_dir) / place / MANIFEST).exists() and place not in {s.name for s in self.stages}:
+                return  # made by another recipe of the same run
+            raise ConfigError(
+                f"The stage {name!r} needs {place!r}, but no stage before it has that name.{nearest(place, made)}"
+            )
+        kept = source.kept() if isinstance(source, Rl) else {}
+        if snapshot is not None and snapshot not in kept:
+            raise ConfigError(
+                f"The stage {name!r} needs '{place}:{snapshot}', but {place!r} keeps {sorted(kept) or 'no snapshots'}. "
+                "Name one of them, or add it to Rl.snapshots."
+            )
 
 
 def run_stage(run: Run, stage: Stage) -> None:
     """Run one stage unless it is finished with this very configuration."""
     before = run.result(stage.name)
     if before is not None:
-        run.check_finished(stage)
+        run.check_same(stage)
         _LOG.info("%s: finished before, skipped", stage.name)
         return
     begin = time.monotonic()

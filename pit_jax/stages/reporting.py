@@ -11,7 +11,7 @@ from pit_jax.core.tree import parameter_count
 from pit_jax.evaluation import report
 from pit_jax.io import files
 from pit_jax.io.writers import read_metrics
-from pit_jax.stages.artifact import MANIFEST, RESULT
+from pit_jax.stages.artifact import MANIFEST, RESPONSES, RESULT, finished_stages
 from pit_jax.stages.run import Run
 
 _LOG = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ ENOUGH = 0.93
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRecords:
-    """Manifests, results and metric records of the finished stages of a run, in the order they were made."""
+    """Manifests, results and metric records of the finished stages of a run, in the order they were finished."""
 
     manifests: Mapping[str, Mapping[str, Any]]
     results: Mapping[str, Mapping[str, Any]]
@@ -53,7 +53,7 @@ class TrainingRecords:
         notes = [f"Tokens trained on, in millions: {cost}."] if cost else []
         for name, result in self.reward_models().items():
             clean = {key: value for key, value in result["accuracy"].items() if "baseline" not in key}
-            chosen = {key: value for key, value in clean.items() if "clean" in key} or clean
+            chosen = {key: value for key, value in clean.items() if "clean" in key and value["n"]} or clean
             worst = min(chosen, key=lambda key: chosen[key]["value"])
             if chosen[worst]["value"] < ENOUGH:
                 notes.append(
@@ -65,8 +65,7 @@ class TrainingRecords:
 
 def training_records(run: Run) -> TrainingRecords:
     """Read what the finished stages of a run have left."""
-    found = [path.parent for path in run.directory.glob(f"*/{MANIFEST}") if (path.parent / RESULT).exists()]
-    found.sort(key=lambda path: (path / RESULT).stat().mtime)
+    found = finished_stages(run.directory)
     metrics = {path.name: path / "metrics.jsonl" for path in found}
     return TrainingRecords(
         manifests={path.name: files.read_json(path / MANIFEST) for path in found},
@@ -75,8 +74,8 @@ def training_records(run: Run) -> TrainingRecords:
     )
 
 
-def write_report(run: Run, comparisons: report.Report) -> None:
-    """Complete a report with everything the run knows, and write it."""
+def write_report(run: Run, stage: str, comparisons: report.Report) -> None:
+    """Complete the report of an evaluation stage with everything the run knows, and write it."""
     records = training_records(run)
     experiment = run.experiment
     facts = {
@@ -85,8 +84,8 @@ def write_report(run: Run, comparisons: report.Report) -> None:
         "lengths": f"prompt {run.codec.lengths.inputs}, response {run.codec.lengths.targets}, "
         f"prompt with reference {run.codec.width('improver')} tokens",
         "seed": str(run.seed),
-        "configuration": f"{run.directory / 'config.gin'} (run again: pit-jax pipeline --gin_file=THAT_FILE)",
-        "responses": str(run.directory / "evaluate" / "responses"),
+        "configuration": "config.gin in the run's directory (run again: pit-jax pipeline --gin_file=THAT_FILE)",
+        "responses": f"{stage}/{RESPONSES} in the run's directory",
     }
     full = dataclasses.replace(
         comparisons,

@@ -56,10 +56,14 @@ class Reward:
         if self.role not in ROLES:
             raise invalid("Reward.role", self.role, f"be one of {ROLES}", "Choose one of them.")
 
+    def inputs(self) -> list[str]:
+        """Return what it starts from."""
+        return [self.init_from]
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the held-out report."""
         model = ScalarModel(run.lm, self.readout, self.attention)
-        run.begin(self, model, inputs=(self.init_from,), snapshots={})
+        run.begin(self, model, snapshots={})
         view = "reward_bt" if self.role == "bt" else "reward_gap"
         training = self.training
         collator = collator_for(

@@ -125,21 +125,23 @@ class Rl:
             names[entry.name] = done
         return names
 
+    def inputs(self) -> list[str]:
+        """Return every checkpoint that is read."""
+        return [self.init_from, self.anchor, self.reward, *([] if self.policy is None else [self.policy])]
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
         network: Network = ValueModel(run.lm) if self.rl.estimator == "ppo" else run.lm
-        inputs = [self.init_from, self.anchor, self.reward, *([] if self.policy is None else [self.policy])]
-        directory = run.begin(self, network, inputs=inputs, snapshots=self.kept())
+        directory = run.begin(self, network, snapshots=self.kept())
         frozen = Frozen(
-            anchor=run.trunk(self.anchor),
+            anchor=run.language_model(self.anchor, self.role),
             reward=run.params(self.reward),
-            policy=None if self.policy is None else run.trunk(self.policy),
+            policy=None if self.policy is None else run.language_model(self.policy, "policy"),
         )
-        steps = self.curriculum.steps
-        state, shardings = initial_state(run, network, self._initial(run, network), self.training.optimizer, steps)
-        step = make_step(
-            objective(run.lm, self.rl), self.training.optimizer, steps=steps * self.rl.updates, shardings=shardings
-        )
+        steps, optimizer = self.curriculum.steps, self.training.optimizer
+        updates = steps * self.rl.updates
+        state, shardings = initial_state(run, network, self._initial(run, network), optimizer, updates)
+        step = make_step(objective(run.lm, self.rl), optimizer, steps=updates, shardings=shardings)
         kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
         held_out = held_out_judge(run, self, frozen)
         program = RlProgram(self._parts(run, step, kept, held_out), frozen, _LOG.warning)
@@ -148,7 +150,7 @@ class Rl:
         return finished(directory) or {}
 
     def _initial(self, run: Run, network: Network) -> Params:
-        trunk = run.trunk(self.init_from)
+        trunk = run.language_model(self.init_from, self.role)
         if isinstance(network, ValueModel):
             return network.with_trunk(trunk, key_for(run.seed, f"{self.name}/head"))
         return trunk

@@ -103,7 +103,9 @@ class RlProgram:
             rollout_keys(parts.seed, step, len(met) * parts.config.samples_per_prompt),
         )  # fmt: skip
         measured = self._measure(state, met, rolled)
-        experience, stats = build(parts.config, measured, self._monitor.beta, self._baseline.mean)
+        # A baseline that no other estimator reads would compile `build` twice: with None, then with a number.
+        baseline = self._baseline.mean if parts.config.estimator == "reinforce" else None
+        experience, stats = build(parts.config, measured, self._monitor.beta, baseline)
         update_key = key_for(parts.seed, "update", step)
         updates = []
         for batch in batches(experience, parts.config, parts.micro_batches, update_key):

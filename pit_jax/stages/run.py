@@ -3,6 +3,7 @@
 MODEL_DIR/
   run.json                  seed and experiment; a run of another seed or experiment is refused
   tokenizer/                trained here or copied here
+  stages.json               names of the finished stages, in the order in which they were finished
   STAGE/stage.json          manifest: stage config, network, templates, lengths, tokenizer
   STAGE/tokenizer/          so that a stage's directory can be used on its own
   STAGE/checkpoint_STEP/    parameters, optimiser, step, data position
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -30,6 +31,7 @@ from pit_jax.data.source import Source
 from pit_jax.data.views import Example
 from pit_jax.io import files, serialize
 from pit_jax.models.config import ModelConfig
+from pit_jax.models.heads import ScalarModel
 from pit_jax.models.presets.catalog import language_model
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.stages.artifact import (
@@ -40,11 +42,15 @@ from pit_jax.stages.artifact import (
     abstract_params,
     claim,
     different,
+    note_finished,
+    nothing_made,
     split_reference,
 )
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece
+
+TOKENIZER = "tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,32 +96,46 @@ class Run:
     def claim(cls, model_dir: str, seed: int, experiment: Experiment) -> Run:
         """Open `model_dir` for this seed and experiment, making it where it does not exist.
 
+        A run in which nothing has been made yet, because its settings were refused, say, begins anew.
+
         Raises:
           CheckpointError: the directory holds a run of another seed or experiment; the first differing
             setting is named. Nothing is changed then.
+          ConfigError: the tokenizer does not fit the model, or the lengths leave no room.
         """
         run = cls(model_dir, seed, experiment)
-        claim(run.directory / "run.json", {"seed": seed, "experiment": serialize.to_json(experiment)}, what="run")
+        path, wanted = run.directory / "run.json", {"seed": seed, "experiment": serialize.to_json(experiment)}
+        if path.exists() and files.read_json(path) != serialize.to_json(wanted) and run.is_empty():
+            path.unlink()
+            if (run.directory / TOKENIZER).exists():
+                (run.directory / TOKENIZER).rmtree()
+        claim(path, wanted, what="run")
         if run.tokenizer.vocab_size > experiment.model.vocab_size:
             raise invalid(
                 "vocab_size", experiment.model.vocab_size,
                 f"be at least the tokenizer's vocabulary of {run.tokenizer.vocab_size} pieces",
                 "Raise the model's vocab_size or use a smaller tokenizer.",
             )  # fmt: skip
+        _ = run.codec, run.mesh  # checked before anything is made
         return run
+
+    def is_empty(self) -> bool:
+        """Return whether no stage has made anything."""
+        return all(nothing_made(path.parent) for path in self.directory.glob(f"*/{MANIFEST}"))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, trained or copied into the run directory on first use."""
-        directory = self.directory / "tokenizer"
-        if directory.exists():
-            return load_tokenizer(str(directory))
-        chosen = self.experiment.tokenizer
-        if isinstance(chosen, str):
-            tokenizer = load_tokenizer(chosen)
-            tokenizer.save(directory)
-            return tokenizer
-        return train_sentencepiece(self._texts(), chosen, directory)
+        directory = self.directory / TOKENIZER
+        if not directory.exists():
+            chosen = self.experiment.tokenizer
+            if isinstance(chosen, str):
+                _save(load_tokenizer(chosen), directory)
+            else:
+                partial = _partial(directory)
+                train_sentencepiece(self._texts(), chosen, partial)
+                partial.rename(directory)
+        return load_tokenizer(str(directory))
 
     def _texts(self) -> Iterator[str]:
         for record in open_records(self.experiment.data, split="train"):
@@ -158,23 +178,21 @@ class Run:
         """The run's device mesh."""
         return make_mesh(self.experiment.mesh)
 
-    def begin(self, stage: Any, network: Network, *, inputs: Sequence[str], snapshots: Mapping[str, int]) -> epath.Path:
+    def begin(self, stage: Any, network: Network, *, snapshots: Mapping[str, int]) -> epath.Path:
         """Claim a stage's directory and make it usable on its own; return it.
 
         Args:
-          stage: the stage's config (a dataclass with `name`, `verb` and `role`).
+          stage: the stage's config (a dataclass that is a `pipeline.Stage`).
           network: whose parameters the stage trains.
-          inputs: references of the checkpoints the stage starts from or reads.
           snapshots: names of parameters kept for good -> the step after which they are kept.
 
         Raises:
           CheckpointError: the directory belongs to another configuration, or to other inputs.
         """
         directory = self.stage_directory(stage.name)
-        self.check_finished(stage)
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "tokenizer").exists():
-            self.tokenizer.save(directory / "tokenizer")
+        if (directory / MANIFEST).exists() and nothing_made(directory):
+            directory.rmtree()
+        self.check_same(stage)
         manifest = {
             "seed": self.seed,
             "verb": stage.verb,
@@ -184,19 +202,35 @@ class Run:
             "templates": serialize.to_json(self.codec.templates),
             "lengths": serialize.to_json(self.codec.lengths),
             "tokenizer": self.tokenizer.fingerprint(),
-            "inputs": {reference: files.json_hash(self.artifact(reference).manifest) for reference in inputs},
+            "inputs": {reference: files.json_hash(self.artifact(reference).manifest) for reference in stage.inputs()},
             "snapshots": dict(snapshots),
         }
-        claim(directory / MANIFEST, manifest, what="stage")
+        claim(directory / MANIFEST, manifest, what=f"stage {stage.name!r}")
+        if not (directory / TOKENIZER).exists():
+            _save(self.tokenizer, directory / TOKENIZER)
         return directory
 
-    def check_finished(self, stage: Any) -> None:
-        """Raise CheckpointError if the stage's directory was made with another configuration of the stage."""
-        path = self.stage_directory(stage.name) / MANIFEST
-        if path.exists():
-            found = serialize.differences(files.read_json(path)["stage"], serialize.to_json(stage))
-            if found:
-                raise CheckpointError(different(path.parent, f"stage {stage.name!r}", found))
+    def check_same(self, stage: Any) -> None:
+        """Check that what a stage's directory holds, if anything, is of this configuration and of these inputs.
+
+        Raises:
+          CheckpointError: it was made with another configuration, or from a stage that was made anew since then
+            with another one.
+        """
+        directory = self.stage_directory(stage.name)
+        if not (directory / MANIFEST).exists():
+            return
+        manifest = files.read_json(directory / MANIFEST)
+        found = serialize.differences(manifest["stage"], serialize.to_json(stage))
+        if found:
+            raise CheckpointError(different(directory, f"stage {stage.name!r}", found))
+        for reference, before in manifest["inputs"].items():
+            path = self._place(reference) / MANIFEST
+            if path.exists() and files.json_hash(files.read_json(path)) != before:
+                raise CheckpointError(
+                    f"{directory} was made from another {reference!r} than {path.parent} holds now. "
+                    f"Delete {directory} to make it anew, or bring that stage back."
+                )
 
     def artifact(self, reference: str) -> Artifact:
         """Return the stage a reference names: a stage of this run, or a path to one of another run.
@@ -205,12 +239,12 @@ class Run:
           CheckpointError: it does not exist, was not finished, or has another network than this run.
         """
         place, _ = split_reference(reference)
-        external = "/" in place
-        artifact = Artifact(place if external else self.stage_directory(place))
-        if not (external or artifact.finished):
+        directory = self._place(reference)
+        if "/" not in place and self.result(place) is None:
             raise CheckpointError(
-                f"{artifact.directory} is not finished. Run the stage {place!r} first (`pit-jax pipeline` does)."
+                f"The stage {place!r} is not finished ({directory}). Run it first (`pit-jax pipeline` does)."
             )
+        artifact = Artifact(directory)
         found = serialize.differences(serialize.to_json(artifact.lm), serialize.to_json(self.lm))
         if found:
             raise CheckpointError(
@@ -218,6 +252,46 @@ class Run:
                 "Set the experiment's model to that of the checkpoint."
             )
         return artifact
+
+    def _place(self, reference: str) -> epath.Path:
+        place, _ = split_reference(reference)
+        return epath.Path(place) if "/" in place else self.stage_directory(place)
+
+    def language_model(self, reference: str, role: str | None = None) -> Params:
+        """Return the parameters of a language model, of a role (policy, improver) if one is asked for.
+
+        Raises:
+          CheckpointError: the stage has trained a reward model, or the other role.
+        """
+        artifact = self.artifact(reference)
+        if isinstance(artifact.network, ScalarModel):
+            raise CheckpointError(
+                f"{reference!r} must be a language model, but it is a reward model. Name a stage lm, sft or rl."
+            )
+        found = artifact.manifest["role"]
+        if role is not None and found not in ("", role):
+            raise CheckpointError(
+                f"{reference!r} must be a model of role {role!r}, but is a {found}. Name another stage."
+            )
+        return artifact.trunk(split_reference(reference)[1], self.mesh)
+
+    def reward_model(self, reference: str, role: str) -> ScalarModel:
+        """Return the network of a reward model of a role (bt, gap).
+
+        Raises:
+          CheckpointError: the stage has trained a language model, or the other role.
+        """
+        artifact = self.artifact(reference)
+        if not isinstance(artifact.network, ScalarModel):
+            raise CheckpointError(
+                f"{reference!r} must be a reward model, but it is a language model. Name a stage reward --role={role}."
+            )
+        if artifact.manifest["role"] != role:
+            raise CheckpointError(
+                f"{reference!r} must be a reward model of role {role!r}, but is of role {artifact.manifest['role']!r}. "
+                "Name another stage."
+            )
+        return artifact.network
 
     def params(self, reference: str) -> Params:
         """Return the parameters of a checkpoint, with its head if it has one."""
@@ -234,8 +308,20 @@ class Run:
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         """Write a stage's result, which also marks it as finished."""
+        note_finished(self.directory, stage)
         files.write_json(self.stage_directory(stage) / RESULT, dict(result))
 
     def shapes(self, network: Network) -> Params:
         """Return abstract parameters with their places on the run's mesh."""
         return abstract_params(network, self.mesh)
+
+
+def _partial(directory: epath.Path) -> epath.Path:
+    return directory.parent / f"{directory.name}.partial"
+
+
+def _save(tokenizer: Tokenizer, directory: epath.Path) -> None:
+    """Save a tokenizer so that its directory, if it exists, is complete."""
+    partial = _partial(directory)
+    tokenizer.save(partial)
+    partial.rename(directory)

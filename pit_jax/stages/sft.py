@@ -41,11 +41,14 @@ class Sft:
         if self.role not in ROLES:
             raise invalid("Sft.role", self.role, f"be one of {ROLES}", "Choose one of them.")
 
+    def inputs(self) -> list[str]:
+        """Return what it starts from."""
+        return [] if self.init_from is None else [self.init_from]
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics."""
-        inputs = () if self.init_from is None else (self.init_from,)
-        directory = run.begin(self, run.lm, inputs=inputs, snapshots={})
-        params = fresh_params(run, run.lm, self.name) if self.init_from is None else run.trunk(self.init_from)
+        directory = run.begin(self, run.lm, snapshots={})
+        params = fresh_params(run, run.lm, self.name) if self.init_from is None else run.language_model(self.init_from)
         train_language_model(run, self.name, f"sft_{self.role}", self.training, self.z_loss, params)
         return finished(directory) or {}
 

@@ -227,3 +227,14 @@ def test_a_small_save_takes_a_fraction_of_a_second(tmp_path):
         checkpoints.save(step, state, {})
         seconds.append(time.monotonic() - begin)
     assert min(seconds) < 0.5
+
+
+def test_a_relative_directory_is_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = make_state()
+    Checkpoints("runs/a", keep=None, asynchronous=False).save(1, state, {"n": 1})
+    monkeypatch.chdir(tmp_path / "runs")
+    restored, meta = Checkpoints("a", keep=None).restore(1, jax.eval_shape(lambda: state))
+    assert meta == {"n": 1}
+    kernel = restored.params["trunk"]["kernel"]
+    np.testing.assert_array_equal(kernel, state.params["trunk"]["kernel"])

@@ -67,9 +67,7 @@ def experiment(**changes: Any) -> Experiment:
 def training(steps: int = 4, **changes: Any) -> Training:
     """Return a training of a few steps, with a record and a checkpoint every other one."""
     loop = Loop(steps=steps, log_every=2, checkpoint_every=2, eval_every=2)
-    return dataclasses.replace(
-        Training(batch_size=8, loop=loop, optimizer=OPTIMIZER, evaluation_records=16), **changes
-    )
+    return dataclasses.replace(Training(batch_size=8, loop=loop, optimizer=OPTIMIZER, evaluation_records=16), **changes)
 
 
 def rl_training(**changes: Any) -> RlTraining:
