@@ -81,9 +81,9 @@ def _dataclass(path: str) -> type:
 
 def flatten(data: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, scalar or empty container) for nested JSON data."""
-    if data and isinstance(data, Mapping):
+    if isinstance(data, Mapping) and (data or not prefix):
         items: Iterator[tuple[Any, Any]] = iter(data.items())
-    elif data and isinstance(data, list):
+    elif isinstance(data, list) and (data or not prefix):
         items = iter(enumerate(data))
     else:
         yield prefix, data

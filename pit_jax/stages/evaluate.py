@@ -38,7 +38,6 @@ class Evaluate:
     """
 
     verb: ClassVar[str] = "evaluate"
-    role: ClassVar[str] = ""
     name: str
     original: str
     improver: str
@@ -83,6 +82,11 @@ class Evaluate:
             *curve,
             *(f"{name}_of_{policy}" for name in ("pit", "pit_raw") for policy in curve),
         ]
+
+    @property
+    def role(self) -> str:
+        """No role: its verb has one stage only."""
+        return ""
 
     def inputs(self) -> list[str]:
         """Return every checkpoint that is read."""

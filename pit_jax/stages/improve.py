@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from pit_jax.core.errors import CheckpointError, DataError, PitError
+from pit_jax.core.types import Params
 from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objects, refuse
 from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
@@ -40,8 +41,9 @@ class Draft:
 class Request:
     """What `pit-jax improve` is asked for.
 
-    checkpoint: a run (its finished improver is taken) or the stage of an improver. accept: "gap" needs R_PIT in
-    the run; without it the rule is off, which is said. on_bad_record: whether a bad line stops or is skipped.
+    checkpoint: a run (its finished improver is taken), the stage of an improver, or `STAGE:SNAPSHOT`.
+    accept: "gap" needs R_PIT in the run; without it the rule is off, which is said.
+    on_bad_record: whether a bad line stops or is skipped.
     """
 
     checkpoint: str
@@ -59,7 +61,8 @@ class Improver:
     """The improver of a run with its gap model and its policy, found from one directory."""
 
     def __init__(self, checkpoint: str) -> None:
-        self.artifact = _improver(epath.Path(checkpoint))
+        place, self._snapshot = (checkpoint, None) if epath.Path(checkpoint).exists() else split_reference(checkpoint)
+        self.artifact = _improver(epath.Path(place))
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
@@ -83,6 +86,10 @@ class Improver:
 
     def _found(self, verb: str, role: str) -> tuple[Artifact | None, None]:
         return _stage_of(self._run, verb, role), None
+
+    def params(self) -> Params:
+        """Return the improver's parameters."""
+        return self.artifact.trunk(self._snapshot)
 
     def judge(self) -> Judge | None:
         """Return r_gap as a scoring function, None where the run has no gap model."""
@@ -132,7 +139,7 @@ def improve_file(request: Request) -> None:
     report = ReadReport()
     drafts = list(_drafts(request, improver.codec, report))
     if report.bad_count:
-        _LOG.warning("%s", report.summary())
+        _LOG.warning("%s: %s", report.summary(), "; ".join(report.bad))
     if not drafts:
         raise DataError(f"{request.input} has no line to improve.")
     judge = improver.judge()
@@ -146,7 +153,7 @@ def improve_file(request: Request) -> None:
     prompts = [improver.codec.prompt_ids(draft.prompt) for draft in drafts]
     answers = _answers(improver, drafts, prompts, request)
     trajectories = improve(
-        config, functools.partial(sampler.answer, improver.artifact.trunk()), judge, improver.codec, prompts, answers,
+        config, functools.partial(sampler.answer, improver.params()), judge, improver.codec, prompts, answers,
         request.seed,
     )  # fmt: skip
     lines = [

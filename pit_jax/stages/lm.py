@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
-from pit_jax.core.errors import invalid
+from pit_jax.core.errors import DataError, invalid
 from pit_jax.data.collate import all_batches, collator_for
 from pit_jax.data.open import DataSpec, open_examples, open_source
 from pit_jax.stages.run import Run
@@ -26,7 +26,6 @@ class LanguageModel:
     """
 
     verb: ClassVar[str] = "lm"
-    role: ClassVar[str] = ""
     name: str
     data: DataSpec
     length: int
@@ -38,6 +37,11 @@ class LanguageModel:
         """Check the length."""
         if self.length < 2:
             raise invalid("LanguageModel.length", self.length, "be at least 2", "256 is usual for small models.")
+
+    @property
+    def role(self) -> str:
+        """No role: its verb has one stage only."""
+        return ""
 
     def inputs(self) -> list[str]:
         """Return what it starts from."""
@@ -56,6 +60,11 @@ class LanguageModel:
         held_out = collator_for("lm", codec, batch_size=size, micro_batches=None, packing=None)
         limit = self.training.evaluation_records
         examples = open_examples(self.data, view="lm", split="validation", codec=codec, limit=limit)
+        if not examples:
+            raise DataError(
+                f"The stage {self.name!r} holds out no document. Raise Folds.validation_fraction of its data, or give "
+                "DataSpec.validation_path."
+            )
         objective = likelihood(run.lm, self.z_loss)
         parts = list(all_batches(examples, held_out))
         trainer = Trainer(

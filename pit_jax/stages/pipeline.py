@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from etils import epath
 
@@ -23,10 +23,8 @@ _TAKEN = ("report", "tokenizer")
 class Stage(Protocol):
     """A frozen dataclass that does one stage; it is complete once its result is written."""
 
-    @property
-    def verb(self) -> str:
-        """Command that runs it alone: lm, sft, reward, rl, evaluate."""
-        ...
+    verb: ClassVar[str]
+    """Command that runs it alone: lm, sft, reward, rl, evaluate."""
 
     @property
     def name(self) -> str:
