@@ -603,7 +603,8 @@ def _worse_reply(config: SyntheticConfig, task: Task, better: Reply, dice: _Dice
         worse = _break(task, start, dice, extra, weights)
         if _score(task, worse) < score:
             return worse
-    return dataclasses.replace(better, body=(), headline="", raw="")  # The better reply was too bad for one more fault.
+    # The better reply was too bad for one more fault: what is left is a closing word that nobody asked for.
+    return Reply(closer=_other(dice, CLOSERS, task.closer))
 
 
 # --- Records ---------------------------------------------------------------------------------------------------------

@@ -271,7 +271,7 @@ class Run:
         found = artifact.manifest["role"]
         if role is not None and found not in ("", role):
             raise CheckpointError(
-                f"{reference!r} must be a model of role {role!r}, but is a {found}. Name another stage."
+                f"{reference!r} must be a model of role {role!r}, but is of role {found!r}. Name another stage."
             )
         return artifact.trunk(split_reference(reference)[1], self.mesh)
 

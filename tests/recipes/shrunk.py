@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import pytest
@@ -17,13 +18,17 @@ from pit_jax.stages import run as run_module
 from pit_jax.stages.pipeline import Recipe
 
 RECIPES = tuple(pathlib.Path(name).stem for name in shipped.recipes())
-REQUIRED = (
-    "MODEL_DIR='run'",
-    "HH_PATH='hh.jsonl'",
-    "TEXT_PATH='text.jsonl'",
-    "TOKENIZER='bytes'",
-    "INITIAL_CHECKPOINT_PATH='start/pretrain'",
-)
+REQUIRED = {
+    "MODEL_DIR": "'run'",
+    "DATA_PATH": "'mine.jsonl'",
+    "HH_PATH": "'hh.jsonl'",
+    "TEXT_PATH": "'text.jsonl'",
+    "TOKENIZER": "'bytes'",
+    "INITIAL_CHECKPOINT_PATH": "'start/pretrain'",
+    "MIXTURE_OR_TASK_NAME": "'mine'",
+    "MIXTURE_OR_TASK_MODULE": "'my_tasks'",
+}
+"""A value for every macro that some recipe leaves to the user."""
 SUPERVISED = ("pretrain", "sft_policy", "sft_improver", "reward_bt", "reward_gap")
 REINFORCED = ("rl_policy", "rl_improver", "rl_improver_stage2")
 
@@ -66,10 +71,13 @@ BYTES = (
 """Bytes as tokens, packed rows."""
 
 
-def recipe(name: str, *bindings: str) -> Recipe:
-    """Return a shipped recipe, with required macros bound to something where `bindings` do not."""
-    source = GinSource(files=(f"recipes/{name}.gin",), bindings=bindings, defaults=REQUIRED)
-    return build(source, ROOT).value
+def recipe(name: str, *bindings: str, more: Sequence[str] = (), without: str | None = None) -> Recipe:
+    """Return a shipped recipe with required macros bound to something where `bindings` do not.
+
+    more: further gin files. without: a macro that is not bound.
+    """
+    defaults = tuple(f"{macro}={value}" for macro, value in REQUIRED.items() if macro != without)
+    return build(GinSource(files=(f"recipes/{name}.gin", *more), bindings=bindings, defaults=defaults), ROOT).value
 
 
 def write_preferences(path: pathlib.Path, count: int = 150) -> str:
@@ -93,6 +101,10 @@ def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(run_module, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:count]))
 
 
-def results(directory: pathlib.Path) -> dict[str, dict[str, float]]:
-    """Return what every finished stage of a run has reported."""
-    return {path.parent.name: json.loads(path.read_text()) for path in directory.glob("*/result.json")}
+def results(directory: pathlib.Path) -> dict[str, list[float]]:
+    """Return every number that the finished stages of a run have reported."""
+    found = {path.parent.name: json.loads(path.read_text()) for path in directory.glob("*/result.json")}
+    return {
+        stage: [float(leaf) for leaf in jax.tree.leaves(result) if isinstance(leaf, int | float)]
+        for stage, result in found.items()
+    }
