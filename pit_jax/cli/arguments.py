@@ -33,7 +33,7 @@ use what was trained
 
 settings
   --gin.NAME=VALUE overrides what the files say; strings need quotes of their own:
-      --gin.MODEL_DIR="'runs/a'"   --gin.TRAIN_STEPS=500   --gin.sft.Sft.batch_size=32
+      --gin.MODEL_DIR="'runs/a'"   --gin.RANDOM_SEED=3   --gin.sft_policy/Loop.steps=500
   --print_config shows the result of all files and flags without running anything
 """
 
@@ -209,7 +209,7 @@ def _add_data(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> 
 def _add_view(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--view", default="sft_improver", metavar="VIEW",
-        help="lm, sft_policy, sft_improver (default), reward_bt, reward_gap, rl or evaluate",
+        help="lm, sft_policy, sft_improver (default), reward_bt, reward_gap, rl, evaluate, records (text; cache only)",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=("train", "validation"), default="train", help="which part of the data (default: train)"

@@ -15,10 +15,13 @@ from rich.console import Console
 from pit_jax.cli.stages import build_recipe
 from pit_jax.core.errors import ConfigError
 from pit_jax.data.inspect import check_preferences, show_check, show_examples
-from pit_jax.data.open import open_records, write_view_cache
+from pit_jax.data.open import DataSpec, open_examples, open_records, write_view_cache
 from pit_jax.data.readers import ReadConfig, ReadReport, read_documents, read_jsonl
 from pit_jax.data.schema import Record
+from pit_jax.stages.lm import LanguageModel
+from pit_jax.stages.pipeline import Recipe
 from pit_jax.stages.run import Run
+from pit_jax.text.codec import Codec
 from pit_jax.text.tokenizer import SentencePieceTraining, train_sentencepiece
 
 
@@ -30,29 +33,28 @@ def inspect(args: argparse.Namespace) -> None:
         show_check(check_preferences(args.input, config, codec=None, views=()), console)
         _show_records(itertools.islice(read_jsonl(args.input, config, ReadReport()), args.number), console)
         return
-    with _opened(args) as run:
-        if run is None:
+    with _opened(args) as opened:
+        if opened is None:
             return
+        recipe, run = opened
         if args.input:
             config = dataclasses.replace(run.experiment.data.read, on_bad_record=args.on_bad_record)
             views = () if args.view == "lm" else (args.view,)
             show_check(check_preferences(args.input, config, codec=run.codec, views=views), console)
             return
-        show_examples(args.view, run.examples(args.view, args.split, limit=args.number), run.codec, console)
+        spec, codec = _data_of(args.view, recipe, run)
+        examples = open_examples(spec, view=args.view, split=args.split, codec=codec, limit=args.number)
+        show_examples(args.view, examples, codec, console)
 
 
 def cache(args: argparse.Namespace) -> None:
     """`pit-jax cache`: write a view's examples where `DataSpec(cache=DIR)` finds them."""
-    with _opened(args) as run:
-        if run is None:
+    with _opened(args) as opened:
+        if opened is None:
             return
+        spec, codec = _data_of(args.view, *opened)
         written = write_view_cache(
-            run.experiment.data,
-            args.output,
-            view=args.view,
-            split=args.split,
-            codec=run.codec,
-            overwrite=args.overwrite,
+            spec, args.output, view=args.view, split=args.split, codec=codec, overwrite=args.overwrite
         )
     dropped = ", ".join(f"{reason} {count}" for reason, count in sorted(written.dropped.items()))
     print(f"{args.output}: {written.count} examples of {args.view}, {args.split}; dropped: {dropped or 'none'}")
@@ -65,9 +67,10 @@ def tokenizer(args: argparse.Namespace) -> None:
             raise ConfigError("tokenizer takes --input or --gin_file, not both. Leave one out.")
         _train(args, None, _file_texts(args))
         return
-    with _opened(args) as run:
-        if run is None:
+    with _opened(args) as opened:
+        if opened is None:
             return
+        _, run = opened
         wanted = run.experiment.tokenizer
         training = wanted if isinstance(wanted, SentencePieceTraining) else None
         _train(args, training, _record_texts(open_records(run.experiment.data, "train")))
@@ -88,8 +91,8 @@ def _train(args: argparse.Namespace, training: SentencePieceTraining | None, tex
 
 
 @contextlib.contextmanager
-def _opened(args: argparse.Namespace) -> Iterator[Run | None]:
-    """Yield the run that the recipe describes, for reading; None after `--print_config`.
+def _opened(args: argparse.Namespace) -> Iterator[tuple[Recipe, Run] | None]:
+    """Yield the recipe and the run that it describes, for reading; None after `--print_config`.
 
     A tokenizer that the run has made already is used; one that it would make is made in a scratch directory,
     because looking at data must not begin a run.
@@ -101,7 +104,17 @@ def _opened(args: argparse.Namespace) -> Iterator[Run | None]:
             yield None
             return
         begun = (epath.Path(recipe.model_dir) / "tokenizer").exists()
-        yield Run(recipe.model_dir if begun else scratch, recipe.seed, recipe.experiment)
+        yield recipe, Run(recipe.model_dir if begun else scratch, recipe.seed, recipe.experiment)
+
+
+def _data_of(view: str, recipe: Recipe, run: Run) -> tuple[DataSpec, Codec]:
+    """Return the data and the codec of a view: of the recipe's language-model stage for `lm`."""
+    if view != "lm":
+        return run.experiment.data, run.codec
+    stage = next((stage for stage in recipe.stages if isinstance(stage, LanguageModel)), None)
+    if stage is None:
+        raise ConfigError("The recipe has no stage that trains on text, so there is no view lm. Name another view.")
+    return stage.data, stage.codec(run)
 
 
 def _file_texts(args: argparse.Namespace) -> Iterator[str]:

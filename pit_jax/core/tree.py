@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (path, leaf), the path joined with slashes as in `decoder/layers/mlp/wi/kernel`."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield (
-            "/".join(
-                str(getattr(entry, "key", getattr(entry, "idx", getattr(entry, "name", entry)))) for entry in path
-            ),
-            leaf,
-        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
 def parameter_count(tree: Any) -> int:
@@ -29,8 +23,3 @@ def parameter_count(tree: Any) -> int:
 def size_in_bytes(tree: Any) -> int:
     """Return the bytes a tree of arrays or abstract shapes takes."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Return one boolean: whether every number of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

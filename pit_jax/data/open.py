@@ -299,7 +299,9 @@ def _all_records(spec: DataSpec, split: Split) -> Sequence[Record]:
         for file in find_files(paths):
             stat = file.stat()
             stamps.append((str(file), stat.length, stat.mtime))
-    return _load(_Request(spec, split, json_hash([to_json(spec), split, stamps])))
+    # Two functions may have the same name; the request keeps the function alive, so its id is not used again.
+    identity = id(spec.generator) if callable(spec.generator) else 0
+    return _load(_Request(spec, split, json_hash([to_json(spec), identity, split, stamps])))
 
 
 @dataclasses.dataclass(frozen=True)

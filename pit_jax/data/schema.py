@@ -14,10 +14,11 @@ alike.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 from collections.abc import Mapping
 
-from pit_jax.core.errors import DataError, nearest
+from pit_jax.core.errors import DataError
 from pit_jax.text.chat import ChatFormat, check_messages, render, render_prompt
 
 _FIELDS = ("prompt", "chosen", "rejected", "id", "group")
@@ -73,7 +74,7 @@ def parse(raw: Mapping[str, object], chat: ChatFormat = ChatFormat()) -> Record:
     """
     for field in ("chosen", "rejected"):
         if raw.get(field) is None:
-            hint = nearest(field, [str(key) for key in raw if key not in _FIELDS])
+            hint = _misspelt(field, raw)
             raise DataError(f"field {field!r} is missing.{hint} A preference needs `chosen` and `rejected`.")
     if raw.get("prompt") is None:
         prompt, chosen, rejected = _implicit(raw["chosen"], raw["rejected"], chat)
@@ -91,6 +92,12 @@ def parse(raw: Mapping[str, object], chat: ChatFormat = ChatFormat()) -> Record:
         group=_label(raw, "group") or default_group(prompt, chat),
         **texts,
     )
+
+
+def _misspelt(field: str, raw: Mapping[str, object]) -> str:
+    """Return what to do if a field looks like a misspelt `field`, an empty string otherwise."""
+    close = difflib.get_close_matches(field, [str(key) for key in raw if key not in _FIELDS], n=1)
+    return f" Rename {close[0]!r} to {field!r}." if close else ""
 
 
 def _label(raw: Mapping[str, object], field: str) -> str:

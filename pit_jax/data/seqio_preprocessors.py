@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pit_jax.core.errors import DataError
+from pit_jax.core.errors import DataError, invalid
 from pit_jax.data import views
 from pit_jax.data.folds import Fold, Folds
 from pit_jax.data.readers import ReadConfig
@@ -164,6 +164,9 @@ def narrowed(codec: Codec, view: str, sequence_length: Mapping[str, int | None])
         shorter = dataclasses.replace(codec, lengths=Lengths(inputs=inputs, targets=targets))
         width = {"sft_policy": inputs, "sft_improver": shorter.width("improver")}.get(view, codec.prompt_room)
         inputs -= max(0, width - limit)
+        if inputs < 1:
+            rule = f"be more than {width - codec.lengths.inputs}, what the template and the reference of {view} take"
+            raise invalid(f"TASK_FEATURE_LENGTHS[{features[0]!r}]", limit, rule, "Raise it, or lower the targets.")
     return dataclasses.replace(codec, lengths=Lengths(inputs=inputs, targets=targets))
 
 

@@ -38,18 +38,6 @@ class FunctionJudge:
         return np.array([self.function(x, y) for x, y in zip(prompts, responses, strict=True)], np.float64)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoredJudge:
-    """A judge around any batched scoring function, such as a trained reward model."""
-
-    name: str
-    score: Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " n"]]
-
-    def scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Float[np.ndarray, " n"]:
-        """Return the scoring function's values."""
-        return np.asarray(self.score(prompts, responses), np.float64)
-
-
 def import_function(path: str) -> Callable[[str, str], float]:
     """Return the function an import path `package.module:name` stands for."""
     module, _, name = path.partition(":")

@@ -18,8 +18,6 @@ from etils import epath
 
 from pit_jax.core.errors import CheckpointError, DataError
 
-_BLOCK = 1 << 20
-
 
 def is_local(path: epath.PathLike) -> bool:
     """Return whether `path` lies on a file system of this machine, not behind a scheme such as `gs://`."""
@@ -68,15 +66,6 @@ def read_json(path: epath.PathLike) -> Any:
         raise DataError(f"{source} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{source} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}.") from error
-
-
-def file_hash(path: epath.PathLike) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal, reading a megabyte at a time."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def json_hash(data: Any) -> str:

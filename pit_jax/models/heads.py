@@ -20,11 +20,6 @@ ATTENTIONS = ("bidirectional", "causal")
 _HEAD_SCALE = 0.1
 
 
-def take_trunk(params: Params) -> Params:
-    """Return the language model's parameters out of any model's: a head's trunk, or a language model's as they are."""
-    return params.get("trunk", params)
-
-
 @dataclasses.dataclass(frozen=True)
 class _WithHead:
     """A language model with a linear map D -> 1; parameters are `{"trunk": ..., "head": {"kernel", "bias"}}`."""

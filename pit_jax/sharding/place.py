@@ -28,11 +28,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Return the tree with every device holding all of it; all processes must pass the same values."""
-    return jax.tree.map(lambda leaf: _put(leaf, replicated(mesh)), tree)
-
-
 def batch_shardings(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
     """Return the tree of shardings of a batch: rows over `data` and `fsdp`, everything else whole.
 

@@ -67,6 +67,16 @@ def _order(run: epath.Path) -> list[str]:
     return files.read_json(run / ORDER) if (run / ORDER).exists() else []
 
 
+HARMLESS = frozenset({"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep"})
+"""Settings that change what is written or where it is computed, not what is trained: a run goes on without them."""
+
+
+def changes(old: Any, new: Any) -> list[str]:
+    """Return a line for every difference of two configurations that makes them different runs."""
+    found = serialize.differences(old, new)
+    return [line for line in found if HARMLESS.isdisjoint(line.partition(": ")[0].split("."))]
+
+
 def claim(path: epath.Path, wanted: dict[str, Any], *, what: str) -> None:
     """Write `wanted` as the JSON file `path`, or check that the file says the same.
 
@@ -76,7 +86,7 @@ def claim(path: epath.Path, wanted: dict[str, Any], *, what: str) -> None:
     if not path.exists():
         files.write_json(path, wanted)
         return
-    found = serialize.differences(files.read_json(path), serialize.to_json(wanted))
+    found = changes(files.read_json(path), serialize.to_json(wanted))
     if found:
         raise CheckpointError(different(path.parent, what, found))
 

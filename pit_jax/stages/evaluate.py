@@ -18,7 +18,7 @@ from pit_jax.improve.accept import Improve
 from pit_jax.stages.answers import Answered, Answers
 from pit_jax.stages.artifact import RESPONSES, split_reference
 from pit_jax.stages.reporting import training_records, write_report
-from pit_jax.stages.run import Run
+from pit_jax.stages.run import HeldOut, Run
 
 _LOG = logging.getLogger(__name__)
 Quality = dict[str, dict[float, tuple[float, float, float]]]
@@ -29,7 +29,8 @@ class Evaluate:
     """Stage: answer held-out prompts with every system, compare, and write the report.
 
     original: M_P^RL, such as `rl_policy` or `rl_policy:100`; improver: M_PIT^RL; gap: R_PIT; reward: R_P.
-    prompts: held-out prompts, each in another prompt group; temperatures: of sampling, alike for both sides.
+    prompts: distinct held-out prompts; intervals are clustered by their groups.
+    temperatures: of sampling, alike for both sides.
     iterations: improvement steps at the first temperature. best_of: n of best-of-n by R_P.
     improvers: name -> checkpoint of other improvers (SFT only, one stage only), one step each.
     policies: name -> checkpoint of other policies (SFT, trained longer).
@@ -98,12 +99,11 @@ class Evaluate:
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, compare, write the report; return the row of PIT against the Original."""
         directory = run.begin(self, run.lm, snapshots={})
-        examples = run.examples("evaluate", "validation", limit=1 << 62)
-        prompts = list(dict.fromkeys(tuple(example["prompt"].tolist()) for example in examples))[: self.prompts]
+        prompts = run.held_out(self.prompts)
         if len(prompts) < self.prompts:
             _LOG.warning("%s: only %d of %d held-out prompts exist", self.name, len(prompts), self.prompts)
-        answers = Answers(run, directory / RESPONSES, prompts, self.batch_size)
-        jury = Jury(run, answers, self.reward)
+        answers = Answers(run, directory / RESPONSES, [prompt.ids for prompt in prompts], self.batch_size)
+        jury = Jury(answers, prompts, self.reward)
         rows, sets = self._against_original(jury)
         rows += self._head_to_head(jury, sets)
         curve = [(steps, self._curve_rows(jury, steps)) for steps in sorted(self.policy_curve)]
@@ -214,7 +214,8 @@ class Evaluate:
             "`pit` keeps the Original's answer unless r_gap(y', y) > r_gap(y, y) + margin; `pit_raw` never does.",
             f"Equal compute at inference: one PIT step with the accept rule puts about {step:.0f} tokens through a "
             f"network, a further sample with its R_P score {sample:.0f}: best-of-n with n = {1 + step / sample:.1f}.",
-            f"Intervals are bootstrapped over {len(jury.groups)} prompts with one sample each, for this one seed.",
+            f"Intervals are bootstrapped over {len(set(jury.groups))} prompt groups ({len(jury.groups)} prompts), one "
+            "sample a prompt, for this one seed.",
         ]
         if jury.names[0] != "exact":
             notes.append(
@@ -227,10 +228,11 @@ class Evaluate:
 class Jury:
     """The judges of an evaluation, and the scores they have given."""
 
-    def __init__(self, run: Run, answers: Answers, reward: str) -> None:
-        self.run, self.answers = run, answers
-        self.texts = [run.codec.text(prompt) for prompt in answers.prompts]
-        self.groups = self.texts
+    def __init__(self, answers: Answers, prompts: Sequence[HeldOut], reward: str) -> None:
+        self.run, self.answers = answers.run, answers
+        self.texts = [prompt.text for prompt in prompts]
+        self.groups = [prompt.group for prompt in prompts]
+        run = self.run
         path = run.experiment.judge
         exact = None if path is None else judges.import_function(path)
         self._exact = None if exact is None else judges.FunctionJudge(name="exact", function=exact)

@@ -47,12 +47,15 @@ class LanguageModel:
         """Return what it starts from."""
         return [] if self.init_from is None else [self.init_from]
 
+    def codec(self, run: Run) -> Codec:
+        """Return how documents become rows: one token of context before the first target, and no template."""
+        lengths = Lengths(inputs=1, targets=self.length)
+        return Codec(tokenizer=run.tokenizer, templates=Templates(policy="{prompt}", bos=False), lengths=lengths)
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
         directory = run.begin(self, run.lm, snapshots={})
-        # One token of context before the first target, and no template: ordinary language modelling.
-        lengths = Lengths(inputs=1, targets=self.length)
-        codec = Codec(tokenizer=run.tokenizer, templates=Templates(policy="{prompt}", bos=False), lengths=lengths)
+        codec = self.codec(run)
         size, packing = self.training.batch_size, self.training.packing
         collator = collator_for(
             "lm", codec, batch_size=size, micro_batches=self.training.micro_batches, packing=packing

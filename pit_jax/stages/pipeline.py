@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+import jax
 from etils import epath
 
 from pit_jax.core.errors import ConfigError, invalid, nearest
@@ -125,6 +126,7 @@ def run_stage(run: Run, stage: Stage) -> None:
         _LOG.info("%s: finished before, skipped", stage.name)
         return
     begin = time.monotonic()
-    result = stage.run(run)
+    with jax.set_mesh(run.mesh):  # what activations are cut by, see `sharding.rules.constrain`
+        result = stage.run(run)
     run.finish(stage.name, result)
     _LOG.info("%s: done in %s", stage.name, duration(time.monotonic() - begin))

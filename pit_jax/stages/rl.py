@@ -73,6 +73,8 @@ class Rl:
     init_from: where the parameters come from; anchor: the frozen SFT model of the same role; reward: the
       reward stage; policy: who writes references of kind "policy", needed where a round names them.
     rounds: the curriculum. For the policy, references only say what lengths and rewards are compared with.
+    policy_sampling: of those references. The model itself is always sampled as it is, at temperature 1: the
+      gradient and the KL would be of another distribution otherwise.
     snapshots: further numbers of steps after which parameters are kept for good, as `name:STEPS`. The end of
       every round is kept as `name:ROUND`.
     """
@@ -88,7 +90,6 @@ class Rl:
     rounds: tuple[Round, ...]
     policy: str | None = None
     snapshots: tuple[int, ...] = ()
-    sampling: Sampling = Sampling()
     policy_sampling: Sampling = Sampling()
     monitor: MonitorConfig = MonitorConfig()
 
@@ -169,7 +170,7 @@ class Rl:
             curriculum=self.curriculum,
             contexts=training.contexts,
             micro_batches=training.micro_batches,
-            sampler=answering.sampler(run, kind, self.sampling, rollout_batch),
+            sampler=answering.sampler(run, kind, Sampling(), rollout_batch),
             policy_sampler=answering.sampler(run, "policy", self.policy_sampling, training.contexts),
             scorer=answering.scorer(run, self.reward, "gap" if improver else "policy", rollout_batch),
             source=run.source("rl", "train", stream=self.name),
@@ -190,7 +191,7 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     improver = stage.role == "improver"
     examples = run.examples("evaluate", "validation", limit=stage.training.evaluation_prompts)
     kind, batch = ("improver" if improver else "policy"), stage.training.rollout_batch
-    sampler = answering.sampler(run, kind, stage.sampling, batch)
+    sampler = answering.sampler(run, kind, Sampling(), batch)
     scorer = answering.scorer(run, stage.reward, "gap" if improver else "policy", batch)
     met = _held_out_contexts(run, stage, frozen, examples)
     keys = row_keys(key_for(run.seed, f"{stage.name}/held out"), np.arange(len(met)))

@@ -111,7 +111,7 @@ class RlProgram:
         for batch in batches(experience, parts.config, parts.micro_batches, update_key):
             state, metrics = parts.step(state, put_batch(batch, parts.mesh, row_axis=1), update_key)
             updates.append(metrics)
-        logged = stats | {name: _sum([update[name] for update in updates]) for name in updates[0]}
+        logged = {name: _sum([update[name] for update in updates]) for name in updates[0]} | stats
         logged |= self._watch(stats, state, step)
         logged[TOKENS] = Metric(np.float32(count_tokens(rolled.inputs)), np.float32(1))
         return state, logged

@@ -17,13 +17,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError, DataError, invalid
 from pit_jax.core.rng import stream_id
+from pit_jax.core.tree import named_leaves, parameter_count
 from pit_jax.core.types import Params
 from pit_jax.data.folds import Split
 from pit_jax.data.open import DataSpec, open_examples, open_records, open_source
@@ -40,6 +41,7 @@ from pit_jax.stages.artifact import (
     Artifact,
     Network,
     abstract_params,
+    changes,
     claim,
     different,
     note_finished,
@@ -83,6 +85,14 @@ class Experiment:
             object.__setattr__(self, "lengths", Lengths(**self.lengths))
 
 
+class HeldOut(NamedTuple):
+    """A held-out prompt as ids and as text, and the group by which splits were made and intervals are clustered."""
+
+    ids: tuple[int, ...]
+    text: str
+    group: str
+
+
 class Run:
     """One run directory, opened for writing: `Run.claim` checks that it belongs to this seed and experiment."""
 
@@ -105,7 +115,7 @@ class Run:
         """
         run = cls(model_dir, seed, experiment)
         path, wanted = run.directory / "run.json", {"seed": seed, "experiment": serialize.to_json(experiment)}
-        if path.exists() and files.read_json(path) != serialize.to_json(wanted) and run.is_empty():
+        if path.exists() and changes(files.read_json(path), serialize.to_json(wanted)) and run.is_empty():
             path.unlink()
             if (run.directory / TOKENIZER).exists():
                 (run.directory / TOKENIZER).rmtree()
@@ -169,6 +179,23 @@ class Run:
             )
         return found
 
+    def held_out(self, limit: int) -> list[HeldOut]:
+        """Return the first `limit` distinct prompts of the validation split, with their groups.
+
+        Raises:
+          DataError: there are none.
+        """
+        found: dict[tuple[int, ...], HeldOut] = {}
+        for record in open_records(self.experiment.data, split="validation"):
+            ids = self.codec.prompt_ids(record.prompt)
+            if ids:
+                found.setdefault(ids, HeldOut(ids, record.prompt, record.group))
+            if len(found) == limit:
+                break
+        if not found:
+            raise DataError("The validation split has no prompt. Give more data, or raise the validation fraction.")
+        return list(found.values())
+
     def stage_directory(self, name: str) -> epath.Path:
         """Return where a stage keeps everything it makes."""
         return self.directory / name
@@ -208,7 +235,15 @@ class Run:
         claim(directory / MANIFEST, manifest, what=f"stage {stage.name!r}")
         if not (directory / TOKENIZER).exists():
             _save(self.tokenizer, directory / TOKENIZER)
+        files.write_text(directory / "model-info.txt", "".join(f"{line}\n" for line in self._model_info(network)))
         return directory
+
+    def _model_info(self, network: Network) -> Iterator[str]:
+        """Yield name, shape, logical axes and partition of every parameter, and their number."""
+        shapes, axes = self.shapes(network), dict(named_leaves(network.axes(), is_leaf=lambda x: isinstance(x, tuple)))
+        for name, leaf in named_leaves(shapes):
+            yield f"{name:60} {leaf.dtype} {leaf.shape!s:24} {axes[name]} {leaf.sharding.spec}"
+        yield f"Total number of parameters: {parameter_count(shapes)}"
 
     def check_same(self, stage: Any) -> None:
         """Check that what a stage's directory holds, if anything, is of this configuration and of these inputs.
@@ -221,7 +256,7 @@ class Run:
         if not (directory / MANIFEST).exists():
             return
         manifest = files.read_json(directory / MANIFEST)
-        found = serialize.differences(manifest["stage"], serialize.to_json(stage))
+        found = changes(manifest["stage"], serialize.to_json(stage))
         if found:
             raise CheckpointError(different(directory, f"stage {stage.name!r}", found))
         for reference, before in manifest["inputs"].items():

@@ -17,7 +17,7 @@ from pit_jax.core.types import Comparisons, Params
 from pit_jax.data.collate import Collator, take_batch
 from pit_jax.data.pack import Packing
 from pit_jax.data.source import Source
-from pit_jax.sharding.place import put_batch, replicated
+from pit_jax.sharding.place import init_sharded, put_batch, replicated
 from pit_jax.stages.artifact import Network
 from pit_jax.stages.run import Run
 from pit_jax.train import state as train_state
@@ -156,7 +156,7 @@ def initial_state(
 def fresh_params(run: Run, network: Network, name: str) -> Params:
     """Return newly drawn parameters, made where they belong."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.shapes(network))
-    return jax.jit(network.init, out_shardings=places)(key_for(run.seed, f"{name}/init"))
+    return init_sharded(network.init, key_for(run.seed, f"{name}/init"), places)
 
 
 def mean_over(

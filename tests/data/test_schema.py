@@ -88,7 +88,7 @@ MESSAGE = {"role": "assistant", "content": "x"}
     ("raw", "message"),
     [
         ({"prompt": "p", "chosen": "a"}, "'rejected' is missing"),
-        ({"prompt": "p", "chosen": "a", "rejcted": "b"}, "'rejected' is missing. Did you mean 'rejcted'"),
+        ({"prompt": "p", "chosen": "a", "rejcted": "b"}, "'rejected' is missing. Rename 'rejcted'"),
         ({"prompt": "p", "chosen": None, "rejected": "b"}, "'chosen' is missing"),
         ({"prompt": "p", "chosen": 3, "rejected": "b"}, "'chosen' must be a text or a list of messages, not int"),
         ({"prompt": {}, "chosen": "a", "rejected": "b"}, "'prompt' must be a text or a list of messages, not dict"),

@@ -202,7 +202,7 @@ def test_narrowed_codec_keeps_every_example_within_the_lengths(view, limit):
 
 
 def test_lengths_without_room_for_a_prompt_are_refused():
-    with pytest.raises(ConfigError, match=r"Lengths.inputs"):
+    with pytest.raises(ConfigError, match=r"TASK_FEATURE_LENGTHS\['inputs'\]"):
         narrowed(CODEC, "sft_improver", {"inputs": 20, "targets": 16})
 
 

@@ -50,9 +50,7 @@ def test_a_missing_file_is_named(tmp_path):
         files.read_json(tmp_path / "gone.json")
 
 
-def test_hashes(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    assert files.file_hash(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+def test_the_hash_of_json_does_not_depend_on_the_order_of_keys():
     assert files.json_hash({"a": 1, "b": 2}) == files.json_hash({"b": 2, "a": 1})
     assert files.json_hash({"a": 1}) != files.json_hash({"a": 2})
 

@@ -11,7 +11,7 @@ import pytest
 
 from pit_jax.core.errors import ConfigError
 from pit_jax.models.encoder_decoder import EncoderDecoder
-from pit_jax.models.heads import READOUTS, ScalarModel, ValueModel, take_trunk
+from pit_jax.models.heads import READOUTS, ScalarModel, ValueModel
 
 from . import tiny
 
@@ -109,12 +109,10 @@ def test_parameters_match_their_description_and_start_small(model) -> None:
     assert hash(model) == hash(type(model)(model.lm))
 
 
-def test_trunks_are_taken_over() -> None:
+def test_a_trunk_is_taken_over_as_it_is() -> None:
     lm = tiny.MODELS["rotary"]
-    sft, model = tiny.params(lm), ScalarModel(lm)
-    reward = model.with_trunk(take_trunk(sft), jax.random.key(1))
-    assert reward["trunk"] is sft
-    assert take_trunk(reward) is sft
+    sft = tiny.params(lm)
+    assert ScalarModel(lm).with_trunk(sft, jax.random.key(1))["trunk"] is sft
 
 
 @pytest.mark.parametrize("bad", [{"readout": "sum"}, {"attention": "sideways"}])

@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shrunk", action="store_true", help="a pipeline of few steps")
     options, flags = parser.parse_known_args(arguments)
-    flags += SHRUNK if options.shrunk else []
+    flags = [*(SHRUNK if options.shrunk else []), *flags]
     options.directory.mkdir(parents=True, exist_ok=True)
     peace, killed = (options.directory.resolve() / name for name in ("peace", "killed"))
     seconds = finish(peace, flags)
@@ -101,16 +101,14 @@ def main(arguments: list[str]) -> int:
     moments = random.Random(options.seed)
     for number in range(options.kills):
         process = start(killed, flags)
-        wait = moments.uniform(0.1, 0.9) * seconds * 2 / (options.kills + 1)
+        wait = moments.uniform(0.1, 0.9) * 0.7 * seconds / options.kills
         time.sleep(wait)
         over = process.poll() is not None
         if not over:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        made = sorted(
-            str(path.relative_to(killed)) for path in killed.glob("*/*") if path.name.startswith("checkpoint")
-        )
-        print(f"kill {number + 1} after {wait:.1f} s{' (it was over)' if over else ''}; checkpoints: {made[-1:]}")
+        newest = max(killed.glob("*/checkpoint_*"), key=lambda path: path.stat().st_mtime, default=None)
+        print(f"kill {number + 1} after {wait:.1f} s{' (it was over)' if over else ''}; newest checkpoint: {newest}")
     finish(killed, flags)
     found = differences(peace, killed)
     print("the same" if not found else f"different: {found}")

@@ -1,9 +1,8 @@
-"""Configs by name, models by config, and both as plain data for checkpoints."""
+"""Configs by name, and models by config."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from pit_jax.core.errors import invalid, nearest
@@ -38,24 +37,7 @@ def language_model(config: ModelConfig) -> ConditionalLM:
     return _FAMILIES[_family(config)][1](config)
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """Return a config as plain data that JSON can hold: `{"family": ..., **fields}`."""
-    return {"family": _family(config), **dataclasses.asdict(config)}
-
-
-def from_description(description: Mapping[str, Any]) -> ModelConfig:
-    """Return the config that `describe` described.
-
-    Raises:
-      ConfigError: the family or a field is unknown, or a value is out of range.
-    """
-    fields = dict(description)
-    return _config(fields.pop("family", None), fields)
-
-
-def _config(family: str | None, fields: dict[str, Any]) -> ModelConfig:
-    if family not in _FAMILIES:
-        raise invalid("model family", family, f"be one of {', '.join(_FAMILIES)}", "Was another version used?")
+def _config(family: str, fields: dict[str, Any]) -> ModelConfig:
     config_class = _FAMILIES[family][0]
     known = [field.name for field in dataclasses.fields(config_class)]
     for name in fields:
