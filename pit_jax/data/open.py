@@ -200,7 +200,7 @@ def open_documents(spec: DataSpec, split: Split) -> Iterator[Document]:
     for document in read_documents(paths, spec.read, report, unit=spec.document):
         if spec.validation_path or spec.folds.split(document.group) == split:
             yield document
-    _log.info("%s", report.summary())
+    _say(report)
 
 
 def write_view_cache(
@@ -327,9 +327,18 @@ def _kept(request: _Request) -> Sequence[Record]:
         report = ReadReport()
         paths = spec.validation_path if spec.validation_path and request.split == "validation" else spec.path
         records = tuple(read_jsonl(paths, spec.read, report))
-        _log.info("%s", report.summary())
+        _say(report)
         return records
     return tuple(_generated(spec))
+
+
+def _say(report: ReadReport) -> None:
+    """Log what a reader met; lines that were left out are named, each by file and line."""
+    for message in report.bad:
+        _log.warning("left out: %s", message)
+    if report.bad_count > len(report.bad):
+        _log.warning("left out: %d more lines", report.bad_count - len(report.bad))
+    _log.info("%s", report.summary())
 
 
 def _generated(spec: DataSpec) -> Iterator[Record]:
