@@ -66,7 +66,7 @@ def temperatures(series: Mapping[str, Mapping[float, tuple[float, float, float]]
         axis.fill_between(order, low, high, color=colour, alpha=0.15, linewidth=0)
     axis.set_xlabel("sampling temperature")
     axis.set_ylabel("mean score by the judge")
-    axis.legend(frameon=False, fontsize=8, ncols=2)
+    axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 

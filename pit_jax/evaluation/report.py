@@ -104,9 +104,10 @@ def _draw(report: Report, directory: epath.Path) -> dict[str, str]:
     rows = main_rows(report)
     if rows:
         plots.deltas(rows, add("delta.png", "Delta against Original, both sampled at the same temperature."))
-    if any(len(points) > 1 for points in report.quality.values()):
+    series = {name: points for name, points in report.quality.items() if len(points) > 1}
+    if series:
         caption = "Mean score by the judge against the sampling temperature, with 95 % intervals."
-        plots.temperatures(report.quality, add("temperature.png", caption))
+        plots.temperatures(series, add("temperature.png", caption))
     iterations = [(_iteration(row), [_renamed(row)]) for row in rows if _iteration(row)]
     if len(iterations) > 1:
         plots.against(iterations, "improvement steps", add("iterations.png", "Iterated improvement."))
