@@ -1,6 +1,7 @@
 #!/bin/sh
 # Install pit_jax (editable) into the environment of a Python: sh requirements/install.sh .venv/bin/python [parity]
 # Uses uv where it can be installed, because it is many times faster, and plain pip otherwise.
+# With `parity`, adds torch and transformers; PIT_JAX_TORCH="torch==2.9.1" asks for another version of torch.
 set -eu
 python=$1
 extra=${2:-}
@@ -19,8 +20,10 @@ install() {
 }
 
 if [ "$extra" = parity ]; then
-    # The CPU build of torch is a tenth of the default one; only uv knows how to ask for it by name.
-    export UV_TORCH_BACKEND="${UV_TORCH_BACKEND:-cpu}"
+    # The CPU build of torch (2.13.0+cpu) is a tenth of the package index's own on Linux, and pip prefers it wherever it
+    # finds it; an index that cannot be reached is passed over. The rest of the extra then takes torch as it is.
+    "$python" -m pip install --disable-pip-version-check --retries 1 --constraint "$lock" \
+        --extra-index-url https://download.pytorch.org/whl/cpu "${PIT_JAX_TORCH:-torch==2.13.0}"
     install --constraint "$lock" --no-build-isolation --editable ".[parity]"
     exit
 fi

@@ -49,40 +49,52 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-PLACES = ("barn", "church", "farm", "inn", "mill", "oak", "pond", "tower")
-# Where each road leads from each of PLACES, in their order. Every road is a one-to-one move that leaves no place
-# where it is, and the roads do not commute: the destination cannot be had by counting roads.
-TOWN_MAP: Mapping[str, Mapping[str, str]] = MappingProxyType(
-    {
-        road: MappingProxyType(dict(zip(PLACES, leads_to.split(), strict=True)))
-        for road, leads_to in (
-            ("red", "pond inn church barn tower farm oak mill"),
-            ("blue", "inn tower mill pond oak barn church farm"),
-            ("green", "mill barn oak tower inn church farm pond"),
-            ("white", "oak pond barn farm church tower mill inn"),
-        )
-    }
+from pit_jax.core.errors import invalid
+from pit_jax.data.instructions import (
+    CLOSERS,
+    COLORS,
+    ITEMS,
+    KINDS,
+    NUMBERS,
+    PLACES,
+    ROADS,
+    TOWN_MAP,
+    Dice,
+    Reply,
+    Task,
+    faults,
+    judge,
+    mean,
+    parse_prompt,
+    perfect_reply,
+    quality,
+    read_reply,
+    solve,
+    walk,
+    write_prompt,
+    write_reply,
 )
-ROADS = tuple(TOWN_MAP)
-ITEMS = ("bell", "coin", "lamp", "map", "rope", "seed")
-COLORS = ("amber", "coral", "denim", "ebony", "gold", "indigo", "jade", "lemon", "olive", "ruby", "silver", "teal")
-CLOSERS = ("cheers", "friend", "please", "thanks")
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
-KINDS = ("headline", "legs", "order", "count", "include", "avoid", "end", "form")
-# A wrong leg costs as much as a wrong headline (two parts, half of it lost): bending the working until it agrees
-# with a wrong headline must never pay.
-KIND_WEIGHTS: Mapping[str, float] = MappingProxyType(dict.fromkeys(KINDS, 1.0) | {"legs": 2.0, "order": 2.0})
-_JOINERS = MappingProxyType({"route": "via", "sort": "sorted", "list": ""})
-_BODY_WORDS = MappingProxyType({"route": PLACES, "sort": COLORS, "list": COLORS})
+
+__all__ = [
+    "PRESETS",
+    "Difficulty",
+    "SyntheticConfig",
+    "faults",
+    "generate",
+    "make_record",
+    "parse_prompt",
+    "perfect_reply",
+    "quality",
+    "vocabulary",
+    "write_jsonl",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,34 +162,33 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         def need(name: str, ok: bool, rule: str, fix: str) -> None:
             if not ok:
-                value = getattr(self, name)
-                raise ValueError(f"SyntheticConfig.{name} = {value!r}: {rule}; {fix}.")
+                raise invalid(f"SyntheticConfig.{name}", getattr(self, name), rule, fix)
 
         need(
             "difficulty",
             self.difficulty in PRESETS,
-            f"must be one of {sorted(PRESETS)}",
-            "choose one of them or add an entry to PRESETS",
+            f"be one of {sorted(PRESETS)}",
+            "Choose one of them, or add an entry to PRESETS.",
         )
         fixed = {"legs", "order", "count", "form"}
         need(
             "kinds",
             fixed <= set(self.kinds) <= set(KINDS),
-            f"must hold {sorted(fixed)} and otherwise only names out of {KINDS}",
-            "start from synthetic.KINDS and leave out headline, include, avoid or end",
+            f"hold {sorted(fixed)} and otherwise only names out of {KINDS}",
+            "Start from synthetic.KINDS and leave out headline, include, avoid or end.",
         )
-        need("num_records", self.num_records >= 0, "must not be negative", "give the number of records to write")
-        need("seed", self.seed >= 0, "must not be negative", "use 0 or a positive integer")
-        need("label_noise", self.label_noise >= 0, "must not be negative", "use 0 for labels without noise")
+        need("num_records", self.num_records >= 0, "be 0 or more", "Give the number of records to write.")
+        need("seed", self.seed >= 0, "be 0 or more", "Use 0 or a positive integer.")
+        need("label_noise", self.label_noise >= 0, "be 0 or more", "Use 0 for labels without noise.")
         for name in ("headline_fault_rate", "slip_rate", "related_share"):
-            need(name, 0.0 <= getattr(self, name) <= 1.0, "is a probability", "give a number from 0 to 1")
+            need(name, 0.0 <= getattr(self, name) <= 1.0, "be a probability", "Give a number from 0 to 1.")
         low, high = self.extra_faults
-        need("extra_faults", 1 <= low <= high, "must be (fewest, most), 1 <= fewest <= most", "use e.g. (1, 3)")
+        need("extra_faults", 1 <= low <= high, "be (fewest, most) with 1 <= fewest <= most", "Use (1, 3), for example.")
         need(
             "fault_weights",
             set(self.fault_weights) <= set(KINDS) and all(w > 0 for w in self.fault_weights.values()),
-            f"must give positive weights to names out of {KINDS}",
-            "leave out a kind to never draw it",
+            f"give positive weights to names out of {KINDS}",
+            "Leave out a kind to never draw it.",
         )
 
     def fingerprint(self) -> str:
@@ -189,68 +200,7 @@ class SyntheticConfig:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a prompt asks for, as read from its words."""
-
-    family: str
-    headline: bool = False
-    count: int = 0
-    start: str = ""
-    roads: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
-    include: tuple[str, ...] = ()
-    avoid: tuple[str, ...] = ()
-    closer: str = ""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A reply cut into its parts. ``stray`` counts the words that fit nowhere."""
-
-    headline: str = ""
-    body: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
-    closer: str = ""
-    stray: int = 0
-    # The text itself where a fault broke the grammar; it replaces the parts.
-    raw: str = ""
-
-
-class _Dice:
-    """Seeded choices built on ``Random.random`` alone, whose stream Python promises to keep."""
-
-    def __init__(self, seed: int, index: int, colors: Sequence[str] = COLORS) -> None:
-        self.colors = colors  # Those that this difficulty uses; the judge knows all.
-        digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-        self.roll = random.Random(int.from_bytes(digest, "little")).random
-
-    def chance(self, p: float) -> bool:
-        return self.roll() < p
-
-    def between(self, low: int, high: int) -> int:
-        return low + int(self.roll() * (high - low + 1))
-
-    def pick(self, options: Sequence[str]) -> str:
-        return options[int(self.roll() * len(options))]
-
-    def weighted(self, weights: Mapping[str, float]) -> str:
-        point = self.roll() * sum(weights.values())
-        for name, weight in weights.items():
-            point -= weight
-            if point < 0:
-                return name
-        return name
-
-    def draw(self, options: Sequence[str], n: int) -> tuple[str, ...]:
-        pool = list(options)
-        return tuple(pool.pop(int(self.roll() * len(pool))) for _ in range(n))
-
-
-# --- Prompts ---------------------------------------------------------------------------------------------------------
-
-
-def _draw_task(config: SyntheticConfig, dice: _Dice) -> Task:
+def _draw_task(config: SyntheticConfig, dice: Dice) -> Task:
     preset = PRESETS[config.difficulty]
     family = dice.weighted(preset.families)
     wanted = {k: k in config.kinds and dice.chance(preset.optional) for k in ("include", "avoid", "end")}
@@ -270,202 +220,19 @@ def _draw_task(config: SyntheticConfig, dice: _Dice) -> Task:
     return Task("list", False, count, include=include, avoid=named[2:] if wanted["avoid"] else (), closer=closer)
 
 
-def _write_prompt(task: Task) -> str:
-    words: list[str] = []
-    if task.family == "route":
-        words += ["goal"] * task.headline + ["from", task.start, "by", *task.roads]
-        words += ["bring", *task.include] if task.include else []
-    elif task.family == "sort":
-        words += ["middle"] * task.headline + ["sort", *task.given]
-    else:
-        words += [NUMBERS[task.count], "colors"]
-        words += ["with", *task.include] if task.include else []
-        words += ["no", *task.avoid] if task.avoid else []
-    return " ".join(words + (["end", task.closer] if task.closer else []))
-
-
-def _run(words: Sequence[str], start: int, allowed: Sequence[str]) -> int:
-    """Index after the longest run of allowed words from ``start`` on."""
-    while start < len(words) and words[start] in allowed:
-        start += 1
-    return start
-
-
-def parse_prompt(prompt: str) -> Task:
-    """Reads what a prompt asks for; raises ValueError for a prompt that the generator cannot have written."""
-    words = prompt.split()
-    first = words[0] if words else ""
-    headline = first in ("goal", "middle")
-    at = int(headline)
-    lead = words[at] if at < len(words) else ""
-    task: dict[str, object] = {"headline": headline}
-    if lead == "from" and len(words) > at + 2:
-        end = _run(words, at + 3, ROADS)
-        roads = tuple(words[at + 3 : end])
-        task |= {"family": "route", "count": len(roads), "start": words[at + 1], "roads": roads}
-        clauses = {"bring": ("include", ITEMS)}
-    elif lead == "sort":
-        end = _run(words, at + 1, COLORS)
-        task |= {"family": "sort", "count": end - at - 1, "given": tuple(words[at + 1 : end])}
-        clauses = {}
-    elif lead in NUMBERS and words[at + 1 : at + 2] == ["colors"]:
-        end = at + 2
-        task |= {"family": "list", "count": NUMBERS.index(lead)}
-        clauses = {"with": ("include", COLORS), "no": ("avoid", COLORS)}
-    else:
-        raise ValueError(f"prompt {prompt!r}: no known family starts so; prompts must come from synthetic.generate.")
-    for clause, (name, allowed) in (clauses | {"end": ("closer", CLOSERS)}).items():
-        if words[end : end + 1] == [clause]:
-            start, end = end + 1, _run(words, end + 1, allowed)
-            task[name] = words[start] if name == "closer" and end > start else tuple(words[start:end])
-    parsed = Task(**task)  # type: ignore[arg-type]
-    if _write_prompt(parsed) != " ".join(words) or (parsed.family == "route" and parsed.start not in PLACES):
-        raise ValueError(
-            f"prompt {prompt!r}: not understood after {' '.join(words[:end])!r}; prompts must come from "
-            "synthetic.generate."
-        )
-    return parsed
-
-
-# --- Replies ---------------------------------------------------------------------------------------------------------
-
-
-def _write_reply(task: Task, reply: Reply) -> str:
-    if reply.raw:
-        return reply.raw
-    words = [reply.headline] if reply.headline else []
-    words += [_JOINERS[task.family]] if _JOINERS[task.family] else []
-    words += reply.body
-    words += ["with", *reply.items] if reply.items else []
-    return " ".join(words + ([reply.closer] if reply.closer else []))
-
-
-def _read_reply(task: Task, text: str) -> Reply:
-    """Cuts any text into the parts of a reply; what fits nowhere is counted as stray."""
-    words, joiner, stray = text.split(), _JOINERS[task.family], 0
-    headline, start = "", 0
-    if joiner in words:
-        start = words.index(joiner) + 1
-        opening = words[: start - 1]
-        headline = opening[0] if opening else ""
-        stray += max(0, len(opening) - int(task.headline))
-    elif joiner:
-        stray += 1
-    end = _run(words, start, _BODY_WORDS[task.family])
-    body, items = tuple(words[start:end]), ()
-    if task.family == "route" and words[end : end + 1] == ["with"]:
-        start, end = end + 1, _run(words, end + 1, ITEMS)
-        items = tuple(words[start:end])
-    closer = words[end] if end < len(words) and words[end] in CLOSERS else ""
-    stray += len(words) - end - bool(closer)
-    stray += bool(closer) and not task.closer
-    stray += len(items) if not task.include else 0
-    return Reply(headline, body, items, closer, stray)
-
-
-def _middle(words: Sequence[str]) -> str:
-    return sorted(words)[len(words) // 2]
-
-
-def _walk(place: str, roads: Sequence[str]) -> tuple[str, ...]:
-    stops = []
-    for road in roads:
-        place = TOWN_MAP[road][place]
-        stops.append(place)
-    return tuple(stops)
-
-
-def _solve(task: Task, dice: _Dice | None = None) -> Reply:
-    """A perfect reply; ``dice`` chooses where there is a choice."""
-    headline, items = "", ()
-    if task.family == "route":
-        body, items = _walk(task.start, task.roads), task.include
-        headline = body[-1]
-    elif task.family == "sort":
-        body = tuple(sorted(task.given))
-        headline = _middle(body)
-    else:
-        free = [c for c in (dice.colors if dice else COLORS) if c not in task.include + task.avoid]
-        missing = task.count - len(task.include)
-        body = tuple(sorted(task.include + (dice.draw(free, missing) if dice else tuple(free[:missing]))))
-    return Reply(headline if task.headline else "", body, items, task.closer)
-
-
-def perfect_reply(prompt: str) -> str:
-    """One reply of quality 1."""
-    task = parse_prompt(prompt)
-    return _write_reply(task, _solve(task))
-
-
-# --- The judge -------------------------------------------------------------------------------------------------------
-
-
-def _lost(mistakes: int, allowed: int = 2) -> float:
-    """Score of a graded constraint: each mistake takes an equal share, ``allowed`` of them take all."""
-    return max(0.0, 1.0 - mistakes / allowed)
-
-
-def _judge(task: Task, reply: Reply, words: Sequence[str]) -> dict[str, tuple[float, str]]:
-    """Score in [0, 1] and a description of what is wrong, for each constraint of the task."""
-    body, parts = reply.body, {}
-    if task.headline:
-        right = _walk(task.start, task.roads)[-1] if task.family == "route" else _middle(task.given)
-        parts["headline"] = float(reply.headline == right), f"opens with {reply.headline or 'nothing'}, not {right}"
-    if task.family == "route":
-        before = (task.start, *body)
-        wrong = [i for i, r in enumerate(task.roads) if i >= len(body) or body[i] != TOWN_MAP[r].get(before[i], "")]
-        parts["legs"] = _lost(len(wrong)), f"wrong stops: {', '.join(NUMBERS[i + 1] for i in wrong)}"
-        bad = len(set(task.include) - set(reply.items)) + len(reply.items) - len(set(task.include) & set(reply.items))
-    else:
-        steps = sum(a >= b for a, b in itertools.pairwise(body)) if body else 2
-        parts["order"] = _lost(steps), f"{steps} steps against the alphabet"
-        wanted = set(task.given or task.include)
-        bad = len(wanted - set(body)) + (len(set(body) - wanted) if task.family == "sort" else 0)
-    parts["count"] = _lost(abs(len(body) - task.count)), f"{len(body)} words, not {task.count}"
-    if task.include or task.given:
-        allowed = max(1, len(task.include)) if task.include else 2
-        parts["include"] = _lost(bad, allowed), f"{bad} words missing or not asked for"
-    if task.avoid:
-        hit = set(task.avoid) & set(words)
-        parts["avoid"] = float(not hit), f"uses {' '.join(sorted(hit))}"
-    if task.closer:
-        parts["end"] = float(bool(words) and words[-1] == task.closer), f"does not end with {task.closer}"
-    parts["form"] = _lost(reply.stray), f"{reply.stray} words out of place"
-    return parts
-
-
-def _judge_text(prompt: str, response: str) -> dict[str, tuple[float, str]]:
-    task = parse_prompt(prompt)
-    return _judge(task, _read_reply(task, response), response.split())
-
-
-def _mean(parts: Mapping[str, tuple[float, str]]) -> float:
-    return sum(KIND_WEIGHTS[k] * s for k, (s, _) in parts.items()) / sum(KIND_WEIGHTS[k] for k in parts)
-
-
-def quality(prompt: str, response: str) -> float:
-    """How well the response meets the prompt: weighted mean of its graded constraints, 1 iff all are met."""
-    return _mean(_judge_text(prompt, response))
-
-
-def faults(prompt: str, response: str) -> list[str]:
-    """The broken constraints in words, e.g. ``["headline: opens with oak, not inn"]``."""
-    return [f"{kind}: {what}" for kind, (score, what) in _judge_text(prompt, response).items() if score < 1.0]
-
-
 # --- Faults ----------------------------------------------------------------------------------------------------------
 
 
-def _other(dice: _Dice, options: Sequence[str], *taken: str) -> str:
+def _other(dice: Dice, options: Sequence[str], *taken: str) -> str:
     return dice.pick([o for o in options if o not in taken])
 
 
-def _break_headline(task: Task, reply: Reply, dice: _Dice) -> Reply:
-    right = _solve(task).headline
+def _break_headline(task: Task, reply: Reply, dice: Dice) -> Reply:
+    right = solve(task).headline
     return dataclasses.replace(reply, headline=_other(dice, PLACES if task.roads else task.given, right))
 
 
-def _break_legs(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_legs(task: Task, reply: Reply, dice: Dice) -> Reply:
     """A wrong stop. The later ones follow from it, or the last one is bent to agree with the headline."""
     if len(reply.body) != task.count:
         return reply
@@ -473,11 +240,11 @@ def _break_legs(task: Task, reply: Reply, dice: _Dice) -> Reply:
         return dataclasses.replace(reply, body=(*reply.body[:-1], reply.headline))
     i = dice.between(0, task.count - 1)
     stop = _other(dice, PLACES, reply.body[i])
-    rest = _walk(stop, task.roads[i + 1 :]) if dice.chance(0.7) else reply.body[i + 1 :]
+    rest = walk(stop, task.roads[i + 1 :]) if dice.chance(0.7) else reply.body[i + 1 :]
     return dataclasses.replace(reply, body=(*reply.body[:i], stop, *rest))
 
 
-def _break_order(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_order(task: Task, reply: Reply, dice: Dice) -> Reply:
     body = list(reply.body)
     if len(body) > 1:
         i = dice.between(0, len(body) - 2)
@@ -485,7 +252,7 @@ def _break_order(task: Task, reply: Reply, dice: _Dice) -> Reply:
     return dataclasses.replace(reply, body=tuple(body))
 
 
-def _break_count(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_count(task: Task, reply: Reply, dice: Dice) -> Reply:
     body = reply.body
     if len(body) > 1 and dice.chance(0.5):
         if task.family == "route":
@@ -502,7 +269,7 @@ def _swap_word(reply: Reply, old: str, new: str) -> Reply:
     return dataclasses.replace(reply, body=tuple(sorted(new if w == old else w for w in reply.body)))
 
 
-def _break_include(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_include(task: Task, reply: Reply, dice: Dice) -> Reply:
     if task.family == "route":
         items = () if dice.chance(0.3) else (_other(dice, ITEMS, *task.include),)
         return dataclasses.replace(reply, items=items)
@@ -512,18 +279,18 @@ def _break_include(task: Task, reply: Reply, dice: _Dice) -> Reply:
     return _swap_word(reply, dice.pick(wanted), _other(dice, dice.colors, *reply.body, *task.avoid, *task.given))
 
 
-def _break_avoid(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_avoid(task: Task, reply: Reply, dice: Dice) -> Reply:
     spare = [w for w in reply.body if w not in task.include]
     return _swap_word(reply, dice.pick(spare), task.avoid[0]) if spare else reply
 
 
-def _break_end(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_end(task: Task, reply: Reply, dice: Dice) -> Reply:
     return dataclasses.replace(reply, closer="" if dice.chance(0.3) else _other(dice, CLOSERS, task.closer))
 
 
-def _break_form(task: Task, reply: Reply, dice: _Dice) -> Reply:
+def _break_form(task: Task, reply: Reply, dice: Dice) -> Reply:
     """A slip of the pen: a word left out, written twice, out of place, or the rest of the reply missing."""
-    words = _write_reply(task, reply).split()
+    words = write_reply(task, reply).split()
     i = dice.between(0, len(words) - 1)
     slip = dice.between(0, 3)
     if slip == 0:
@@ -531,13 +298,13 @@ def _break_form(task: Task, reply: Reply, dice: _Dice) -> Reply:
     elif slip == 1:
         words[i:i] = [words[i]]
     elif slip == 2:
-        words[i:i] = [dice.pick(_write_prompt(task).split() + words)]
+        words[i:i] = [dice.pick(write_prompt(task).split() + words)]
     else:
         words[i:] = []
     return dataclasses.replace(reply, raw=" ".join(words))
 
 
-_BREAKERS: Mapping[str, Callable[[Task, Reply, _Dice], Reply]] = MappingProxyType(
+_BREAKERS: Mapping[str, Callable[[Task, Reply, Dice], Reply]] = MappingProxyType(
     {
         "headline": _break_headline,
         "legs": _break_legs,
@@ -567,11 +334,11 @@ def _breakable(config: SyntheticConfig, task: Task) -> dict[str, float]:
 
 
 def _score(task: Task, reply: Reply) -> float:
-    text = _write_reply(task, reply)
-    return _mean(_judge(task, _read_reply(task, text), text.split()))
+    text = write_reply(task, reply)
+    return mean(judge(task, read_reply(task, text), text.split()))
 
 
-def _break(task: Task, reply: Reply, dice: _Dice, n: int, weights: Mapping[str, float]) -> Reply:
+def _break(task: Task, reply: Reply, dice: Dice, n: int, weights: Mapping[str, float]) -> Reply:
     """``n`` faults of different kinds, each of which lowers the quality; fewer where the task has too few kinds."""
     kinds = dict(weights)
     score = _score(task, reply)
@@ -584,8 +351,8 @@ def _break(task: Task, reply: Reply, dice: _Dice, n: int, weights: Mapping[str, 
     return reply
 
 
-def _better_reply(config: SyntheticConfig, task: Task, dice: _Dice) -> Reply:
-    reply = _solve(task, dice)
+def _better_reply(config: SyntheticConfig, task: Task, dice: Dice) -> Reply:
+    reply = solve(task, dice)
     if task.headline and dice.chance(config.headline_fault_rate):
         reply = _break_headline(task, reply, dice)
     slips = dice.chance(config.slip_rate) + dice.chance(config.slip_rate)
@@ -594,7 +361,7 @@ def _better_reply(config: SyntheticConfig, task: Task, dice: _Dice) -> Reply:
     return _break(task, reply, dice, slips, weights)
 
 
-def _worse_reply(config: SyntheticConfig, task: Task, better: Reply, dice: _Dice) -> Reply:
+def _worse_reply(config: SyntheticConfig, task: Task, better: Reply, dice: Dice) -> Reply:
     extra = dice.between(*config.extra_faults)
     weights, score = _breakable(config, task), _score(task, better)
     independent = not dice.chance(config.related_share)
@@ -612,16 +379,16 @@ def _worse_reply(config: SyntheticConfig, task: Task, better: Reply, dice: _Dice
 
 def make_record(config: SyntheticConfig, index: int) -> dict[str, str]:
     """Record number ``index``, whatever the number of records."""
-    dice = _Dice(config.seed, index, COLORS[: PRESETS[config.difficulty].colors])
+    dice = Dice(config.seed, index, COLORS[: PRESETS[config.difficulty].colors])
     task = _draw_task(config, dice)
     better = _better_reply(config, task, dice)
     worse = _worse_reply(config, task, better, dice)
-    chosen, rejected = _write_reply(task, better), _write_reply(task, worse)
+    chosen, rejected = write_reply(task, better), write_reply(task, worse)
     if config.label_noise > 0:
         difference = _score(task, better) - _score(task, worse)
         if dice.chance(1.0 / (1.0 + math.exp(min(700.0, difference / config.label_noise)))):
             chosen, rejected = rejected, chosen
-    prompt = _write_prompt(task)
+    prompt = write_prompt(task)
     return {
         "id": f"{config.difficulty}-{config.seed}-{index:07d}",
         "group": prompt,

@@ -77,6 +77,16 @@ def changes(old: Any, new: Any) -> list[str]:
     return [line for line in found if HARMLESS.isdisjoint(line.partition(": ")[0].split("."))]
 
 
+HOW_IT_RUNS = frozenset({"remat", "scan_layers", "dtype", "param_dtype", "logprob_chunk", "dropout"})
+"""Fields of a model's config that a run may set otherwise than the checkpoint it starts from."""
+
+
+def other_model(old: Any, new: Any) -> list[str]:
+    """Return a line for every difference of two networks that makes their parameters unusable for each other."""
+    found = serialize.differences(old, new)
+    return [line for line in found if line.partition(": ")[0].rpartition(".")[2] not in HOW_IT_RUNS]
+
+
 def claim(path: epath.Path, wanted: dict[str, Any], *, what: str) -> None:
     """Write `wanted` as the JSON file `path`, or check that the file says the same.
 

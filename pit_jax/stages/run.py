@@ -46,6 +46,7 @@ from pit_jax.stages.artifact import (
     different,
     note_finished,
     nothing_made,
+    other_model,
     split_reference,
 )
 from pit_jax.text.codec import Codec, Lengths
@@ -280,7 +281,7 @@ class Run:
                 f"The stage {place!r} is not finished ({directory}). Run it first (`pit-jax pipeline` does)."
             )
         artifact = Artifact(directory)
-        found = serialize.differences(serialize.to_json(artifact.lm), serialize.to_json(self.lm))
+        found = other_model(serialize.to_json(artifact.lm), serialize.to_json(self.lm))
         if found:
             raise CheckpointError(
                 f"{artifact.directory} holds another model than this run's: {found[0]}. "

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from pit_jax.data import synthetic
+from pit_jax.core.errors import ConfigError
+from pit_jax.data import instructions, synthetic
 from pit_jax.data.synthetic import SyntheticConfig
 
 ALL_PRESETS = sorted(synthetic.PRESETS)
@@ -13,7 +14,7 @@ CLEAN = {"label_noise": 0.0, "headline_fault_rate": 0.0, "slip_rate": 0.0}
 
 
 def _dice(config, index, seed=0):
-    return synthetic._Dice(seed, index, synthetic.COLORS[: synthetic.PRESETS[config.difficulty].colors])
+    return instructions.Dice(seed, index, instructions.COLORS[: synthetic.PRESETS[config.difficulty].colors])
 
 
 def _records(n=400, **fields):
@@ -37,11 +38,11 @@ def test_every_kind_of_fault_lowers_the_quality_and_is_named(difficulty):
     for index in range(600):
         dice = _dice(config, index, seed=1)
         task = synthetic._draw_task(config, dice)
-        perfect = synthetic._solve(task, dice)
-        prompt = synthetic._write_prompt(task)
+        perfect = instructions.solve(task, dice)
+        prompt = instructions.write_prompt(task)
         for kind in synthetic._breakable(config, task):
             broken = synthetic._BREAKERS[kind](task, perfect, dice)
-            text = synthetic._write_reply(task, broken)
+            text = instructions.write_reply(task, broken)
             if kind != "form":  # A slip of the pen breaks another constraint or, rarely, none.
                 assert synthetic.quality(prompt, text) < 1.0, (kind, prompt, text)
                 assert any(fault.startswith(kind) for fault in synthetic.faults(prompt, text)), (kind, prompt, text)
@@ -73,7 +74,7 @@ def test_a_record_depends_on_configuration_and_index_alone():
 def test_fingerprint_changes_with_content_only():
     config = SyntheticConfig()
     assert config.fingerprint() == SyntheticConfig(num_records=5).fingerprint()
-    changed = [{"seed": 1}, {"difficulty": "hard"}, {"slip_rate": 0.5}, {"kinds": synthetic.KINDS[1:]}]
+    changed = [{"seed": 1}, {"difficulty": "hard"}, {"slip_rate": 0.5}, {"kinds": instructions.KINDS[1:]}]
     assert (
         len({dataclasses.replace(config, **fields).fingerprint() for fields in changed} | {config.fingerprint()}) == 5
     )
@@ -142,7 +143,7 @@ def test_foreign_prompts_are_refused(prompt):
     ],
 )
 def test_errors_name_the_field(fields):
-    with pytest.raises(ValueError, match=next(iter(fields))):
+    with pytest.raises(ConfigError, match=next(iter(fields))):
         SyntheticConfig(**fields)
 
 

@@ -14,7 +14,7 @@ from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoderConfig
 
 Weights = dict[str, np.ndarray]
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 
 
 def load(directory: Path) -> tuple[dict[str, Any], Weights, dict[str, np.ndarray]]:
@@ -24,8 +24,9 @@ def load(directory: Path) -> tuple[dict[str, Any], Weights, dict[str, np.ndarray
 
 
 def decoder_only_config(hf: dict[str, Any]) -> DecoderOnlyConfig:
-    """Return the config of a Llama, Qwen 2 or Gemma 2 checkpoint."""
-    gemma = hf["model_type"] == "gemma2"
+    """Return the config of a Llama, Mistral, Qwen 2, Gemma or Gemma 2 checkpoint."""
+    family = hf["model_type"]
+    gemma, gemma2 = family in ("gemma", "gemma2"), family == "gemma2"
     return DecoderOnlyConfig(
         vocab_size=hf["vocab_size"],
         width=hf["hidden_size"],
@@ -34,24 +35,24 @@ def decoder_only_config(hf: dict[str, Any]) -> DecoderOnlyConfig:
         kv_heads=hf["num_key_value_heads"],
         head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
         mlp=hf["intermediate_size"],
-        activation=ACTIVATIONS[hf["hidden_activation" if gemma else "hidden_act"]],
+        activation=ACTIVATIONS[hf["hidden_activation" if gemma2 else "hidden_act"]],
         norm_eps=hf["rms_norm_eps"],
         tied=hf["tie_word_embeddings"],
         rope_base=hf["rope_parameters"]["rope_theta"],
-        qkv_bias=hf["model_type"] == "qwen2",
+        qkv_bias=family == "qwen2",
         norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma,
+        post_norms=gemma2,
         scale_embedding=gemma,
-        attention_scale=hf["query_pre_attn_scalar"] ** -0.5 if gemma else None,
+        attention_scale=hf["query_pre_attn_scalar"] ** -0.5 if gemma2 else None,
         attention_softcap=hf.get("attn_logit_softcapping"),
         logit_softcap=hf.get("final_logit_softcapping"),
-        window=hf["sliding_window"] if gemma else None,
-        global_every=2 if gemma else 0,
+        window=hf["sliding_window"] if family in ("gemma2", "mistral") else None,
+        global_every=2 if gemma2 else 0,
     )
 
 
 def decoder_only_params(config: DecoderOnlyConfig, weights: Weights) -> Params:
-    """Return the parameters of a Llama, Qwen 2 or Gemma 2 checkpoint."""
+    """Return the parameters of a Llama, Mistral, Qwen 2, Gemma or Gemma 2 checkpoint."""
 
     def stack(name: str) -> jnp.ndarray:
         return jnp.stack([weights[f"model.layers.{n}.{name}"] for n in range(config.layers)])
@@ -91,7 +92,7 @@ def decoder_only_params(config: DecoderOnlyConfig, weights: Weights) -> Params:
 
 
 def encoder_decoder_config(hf: dict[str, Any]) -> EncoderDecoderConfig:
-    """Return the config of a T5 1.1 checkpoint."""
+    """Return the config of a T5 1.0 or 1.1 checkpoint."""
     return EncoderDecoderConfig(
         vocab_size=hf["vocab_size"],
         width=hf["d_model"],
@@ -103,7 +104,8 @@ def encoder_decoder_config(hf: dict[str, Any]) -> EncoderDecoderConfig:
         activation=ACTIVATIONS[hf["dense_act_fn"]],
         gated=hf["is_gated_act"],
         norm_eps=hf["layer_norm_epsilon"],
-        tied=hf["tie_word_embeddings"],
+        # transformers 5 calls every T5 tied; whether it is shows in whether it scales the logits.
+        tied=hf.get("scale_decoder_outputs", hf["tie_word_embeddings"]),
         relative_buckets=hf["relative_attention_num_buckets"],
         relative_max_distance=hf["relative_attention_max_distance"],
         start_id=hf["decoder_start_token_id"],
@@ -111,7 +113,7 @@ def encoder_decoder_config(hf: dict[str, Any]) -> EncoderDecoderConfig:
 
 
 def encoder_decoder_params(config: EncoderDecoderConfig, weights: Weights) -> Params:
-    """Return the parameters of a T5 1.1 checkpoint."""
+    """Return the parameters of a T5 1.0 or 1.1 checkpoint."""
 
     def stack_of(side: str, count: int) -> Params:
         def stack(name: str) -> jnp.ndarray:
@@ -127,7 +129,8 @@ def encoder_decoder_params(config: EncoderDecoderConfig, weights: Weights) -> Pa
 
         projections = (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o"))
         mlp = 2 if side == "decoder" else 1
-        dense = (("gate", "wi_0"), ("up", "wi_1"), ("down", "wo"))
+        inputs = (("gate", "wi_0"), ("up", "wi_1")) if config.gated else (("up", "wi"),)
+        dense = (*inputs, ("down", "wo"))
         layers: Params = {
             "attention_norms": {"before": {"scale": stack("0.layer_norm")}},
             "attention": attention("0.SelfAttention"),
