@@ -25,7 +25,7 @@ B, T, D, V = 5, 7, 6, 11
 LENGTHS = np.array([7, 1, 4, 6, 3])
 MASK = np.arange(T)[None, :] < LENGTHS[:, None]
 WEIGHT = np.array([1.0, 0.5, 2.0, 0.0, 1.0])
-TARGETS = np.random.default_rng(9).integers(0, V, (B, T))
+TARGETS = np.random.default_rng(9).integers(0, V, (B, T), dtype=np.int32)
 log_sigmoid = torch.nn.functional.logsigmoid
 
 
@@ -52,7 +52,7 @@ def _compare(ours: Callable, theirs: Callable, arrays: list[np.ndarray]) -> None
 
 def _token_logp(logits: torch.Tensor) -> torch.Tensor:
     """Return the log-probabilities of the targets."""
-    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(TARGETS)[..., None])[..., 0]
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(TARGETS).long()[..., None])[..., 0]
 
 
 def _our_logp(logits: jax.Array) -> jax.Array:
@@ -72,7 +72,7 @@ def test_token_cross_entropy(chunk: int, softcap: float | None) -> None:
     def theirs(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         logits = scale * hidden @ head
         logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap))[torch.tensor(MASK)]
-        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS[MASK]))
+        nll = torch.nn.functional.cross_entropy(logits, torch.tensor(TARGETS[MASK]).long())
         return nll + z_loss * torch.logsumexp(logits, -1).square().mean()
 
     _compare(ours, theirs, [_normal(0, B, T, D), _normal(1, D, V)])
@@ -216,10 +216,8 @@ def test_adamw_steps_equal_torch() -> None:
     update = jax.jit(optimizer.update)
     for step in range(steps):
         # Norms on both sides of the bound of 1.
-        grads = {
-            name: _normal(30 + 2 * step + n, *shape) * 4.0 ** (step % 3 - 1) / 4
-            for n, (name, shape) in enumerate(shapes.items())
-        }
+        size = 4.0 ** (step % 3 - 1) / 4
+        grads = {name: size * _normal(30 + 2 * step + n, *shape) for n, (name, shape) in enumerate(shapes.items())}
         updates, state = update({name: _jax(grad) for name, grad in grads.items()}, state, params)
         params = {name: params[name] + updates[name] for name in params}
         for name, grad in grads.items():

@@ -39,6 +39,7 @@ SHAPE = dict(
     head_dim=12,
     max_position_embeddings=64,
     pad_token_id=PAD,
+    eos_token_id=None,
 )
 WINDOW = 5
 ROPE = dict(rope_type="default", rope_theta=500.0)
@@ -61,6 +62,7 @@ T5_SHAPE = dict(
     relative_attention_max_distance=16,
     decoder_start_token_id=START,
     pad_token_id=PAD,
+    eos_token_id=None,
 )
 QWEN2 = SHAPE | dict(head_dim=8)
 """Its head width is always hidden_size / num_attention_heads."""
@@ -74,6 +76,8 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
     "t5_1_0": lambda: transformers.T5Config(**T5_SHAPE, feed_forward_proj="relu"),
     "t5_1_1": lambda: transformers.T5Config(**T5_SHAPE, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
+WRITERS = ("o_proj.weight", "down_proj.weight", ".o.weight", ".wo.weight")
+"""Matrices whose products are added to the residual stream."""
 MODELS = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -110,19 +114,23 @@ def _pair(name: str) -> Pair:
 
 
 def _randomise(model: transformers.PreTrainedModel) -> None:
-    """Move norms and biases away from where they start, and draw all matrices at the scale of their input.
+    """Move norms and biases away from where they start, and draw matrices at the scale of their input.
 
-    T5's embeddings are of scale 1: tied, they serve as output matrix, for which the logits are scaled instead.
+    Embeddings are smaller and what layers write into the residual stream is larger, or else tied models only repeat
+    the token they read. T5 scales the logits instead of the embeddings.
     """
-    embedding = model.get_input_embeddings().weight if model.config.is_encoder_decoder else None
     source = torch.Generator().manual_seed(0)
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=source)
+            scale = parameter.shape[-1] ** -0.5
             if parameter.ndim == 1:
                 parameter += 0.3 * noise
+            elif parameter is embedding:
+                parameter.copy_(noise * (0.4 if model.config.is_encoder_decoder else 0.4 * scale))
             else:
-                parameter.copy_(noise if parameter is embedding else noise * parameter.shape[-1] ** -0.5)
+                parameter.copy_(noise * (2 * scale if name.endswith(WRITERS) else scale))
 
 
 def _rows(lengths: tuple[int, ...], seed: int) -> list[np.ndarray]:
