@@ -260,7 +260,7 @@ def _break_count(task: Task, reply: Reply, dice: Dice) -> Reply:
         i = dice.between(0, len(body) - 1)
         return dataclasses.replace(reply, body=body[:i] + body[i + 1 :])
     if task.family == "route":
-        return dataclasses.replace(reply, body=(*body, _other(dice, PLACES, body[-1])))
+        return dataclasses.replace(reply, body=(*body, _other(dice, PLACES, *body[-1:])))
     return dataclasses.replace(reply, body=tuple(sorted((*body, _other(dice, dice.colors, *body, *task.avoid)))))
 
 
