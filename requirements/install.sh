@@ -20,10 +20,9 @@ install() {
 }
 
 if [ "$extra" = parity ]; then
-    # The CPU build of torch (2.13.0+cpu) is a tenth of the package index's own on Linux, and pip prefers it wherever it
-    # finds it; an index that cannot be reached is passed over. The rest of the extra then takes torch as it is.
-    "$python" -m pip install --disable-pip-version-check --retries 1 --constraint "$lock" \
-        --extra-index-url https://download.pytorch.org/whl/cpu "${PIT_JAX_TORCH:-torch==2.13.0}"
+    # On Linux torch's CPU build is a tenth of the usual one, and pip (not uv) takes it wherever it is told to look:
+    # set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. The rest of the extra then takes torch as it is.
+    "$python" -m pip install --disable-pip-version-check --constraint "$lock" "${PIT_JAX_TORCH:-torch==2.13.0}"
     install --constraint "$lock" --no-build-isolation --editable ".[parity]"
     exit
 fi

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-RIM = {"gin-config", "seqio", "tensorflow", "tensorflow-datasets"}
+RIM = {"gin-config", "importlib-resources", "seqio", "tensorflow", "tensorflow-datasets"}
 # Import names that differ from the distribution's.
 DISTRIBUTIONS = {"array_record": "array-record", "gin": "gin-config", "orbax": "orbax-checkpoint"}
 # Imported lazily, and only where the user asks for what they do.
