@@ -39,7 +39,7 @@ settings
 
 _GIN_EXAMPLE = """\
 example
-  pit-jax {verb} --gin_file=recipes/demo.gin --gin.MODEL_DIR="'runs/demo'"{more}
+  pit-jax {verb} --gin_file={recipe} --gin.MODEL_DIR="'runs/mine'"{more}
 
 recipes that come with pit_jax
   {recipes}
@@ -105,16 +105,19 @@ def _parser() -> argparse.ArgumentParser:
     _add_gin(pipeline)
     for name, (summary, roles) in _STAGE_VERBS.items():
         more = f" --role={roles[-1]}" if roles else ""
-        stage = verb(name, summary, f"{_STAGES}stage", _gin_epilog(name, more))
+        recipe = "recipes/hh_small.gin" if name == "lm" else "recipes/demo.gin"
+        stage = verb(name, summary, f"{_STAGES}stage", _gin_epilog(name, more, recipe))
         _add_gin(stage)
-        stage.add_argument("--role", choices=roles or None, help="which stage of this kind the recipe should run")
+        stage.set_defaults(role=None)
+        if roles:
+            stage.add_argument("--role", choices=roles, help="which stage of this kind the recipe should run")
     _add_improve(verb)
     _add_data(verb)
     return parser
 
 
-def _gin_epilog(verb: str, more: str = "") -> str:
-    return _GIN_EXAMPLE.format(verb=verb, more=more, recipes="\n  ".join(shipped.recipes()) or "(none)")
+def _gin_epilog(verb: str, more: str = "", recipe: str = "recipes/demo.gin") -> str:
+    return _GIN_EXAMPLE.format(verb=verb, more=more, recipe=recipe, recipes="\n  ".join(shipped.recipes()) or "(none)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -175,8 +178,9 @@ def _add_data(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> 
     _add_view(inspect)
     inspect.add_argument("-n", "--number", type=int, default=5, metavar="N", help="how many records (default: 5)")
     inspect.add_argument(
-        "--on-bad-record", choices=("fail", "skip"), default="fail", help="stop at a broken line, or count it and go on"
-    )
+        "--on-bad-record", choices=("fail", "skip"),
+        help="stop at a broken line, or count it and go on (default: as the recipe says; without one, fail)",
+    )  # fmt: skip
     cache = verb(
         "cache",
         "write a view's tokenised examples to disk",

@@ -13,7 +13,7 @@ from etils import epath
 from rich.console import Console
 
 from pit_jax.cli.stages import build_recipe
-from pit_jax.core.errors import ConfigError
+from pit_jax.core.errors import ConfigError, DataError
 from pit_jax.data.inspect import check_preferences, show_check, show_examples
 from pit_jax.data.open import DataSpec, open_examples, open_records, write_view_cache
 from pit_jax.data.readers import ReadConfig, ReadReport, read_documents, read_jsonl
@@ -29,8 +29,8 @@ def inspect(args: argparse.Namespace) -> None:
     """`pit-jax inspect-data`: check a raw preference file, or show a view's examples as they are trained on."""
     console = Console(soft_wrap=True)
     if args.input and not args.gin_file:
-        config = ReadConfig(on_bad_record=args.on_bad_record)
-        show_check(check_preferences(args.input, config, codec=None, views=()), console)
+        config = _reading(ReadConfig(), args)
+        _check(args.input, config, console, codec=None, views=())
         _show_records(itertools.islice(read_jsonl(args.input, config, ReadReport()), args.number), console)
         return
     with _opened(args) as opened:
@@ -38,13 +38,25 @@ def inspect(args: argparse.Namespace) -> None:
             return
         recipe, run = opened
         if args.input:
-            config = dataclasses.replace(run.experiment.data.read, on_bad_record=args.on_bad_record)
             views = () if args.view == "lm" else (args.view,)
-            show_check(check_preferences(args.input, config, codec=run.codec, views=views), console)
+            _check(args.input, _reading(run.experiment.data.read, args), console, codec=run.codec, views=views)
             return
         spec, codec = _data_of(args.view, recipe, run)
+        spec = dataclasses.replace(spec, read=_reading(spec.read, args))
         examples = open_examples(spec, view=args.view, split=args.split, codec=codec, limit=args.number)
         show_examples(args.view, examples, codec, console)
+
+
+def _reading(config: ReadConfig, args: argparse.Namespace) -> ReadConfig:
+    """Return how files are read: the flag, if given, wins over the recipe."""
+    return dataclasses.replace(config, on_bad_record=args.on_bad_record) if args.on_bad_record else config
+
+
+def _check(path: str, config: ReadConfig, console: Console, *, codec: Codec | None, views: tuple[str, ...]) -> None:
+    check = check_preferences(path, config, codec=codec, views=views)
+    if not check.read.records:
+        raise DataError(f"{path}: there is no usable record ({check.read.summary()}). Write one JSON object a line.")
+    show_check(check, console)
 
 
 def cache(args: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ def set_up_logging() -> None:
     os.environ.setdefault("ABSL_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for every new attempt at a download
     ours = logging.getLogger("pit_jax")
     if not ours.handlers:
         ours.addHandler(_Stderr())

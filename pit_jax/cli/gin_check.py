@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pit_jax.core.errors import ConfigError, nearest
+from pit_jax.cli import gin_types
+from pit_jax.core.errors import ConfigError, invalid, nearest
 
 REQUIRED = "gin.REQUIRED"
 
@@ -240,7 +241,7 @@ def _flag_target(binding: Binding, statements: Statements) -> Any:
 
 
 def _check_parameter(binding: Binding, statements: Statements) -> None:
-    """Check that what a binding (and each reference in it) names exists and has the bound parameter."""
+    """Check that what a binding (and each reference in it) names exists, has the parameter and suits its value."""
     targets = {selector: _resolve(binding, selector) for selector in _selectors(binding)}
     if not binding.parameter:
         return
@@ -250,9 +251,37 @@ def _check_parameter(binding: Binding, statements: Statements) -> None:
     if target is None:
         return
     parameters = inspect.signature(target).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or binding.parameter in parameters:
+    if binding.parameter in parameters:
+        _check_kind(binding, target, statements)
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     raise ConfigError(
         f"{binding.place}: {binding.selector} has no parameter {binding.parameter!r}."
         + (nearest(binding.parameter, parameters) or f" It has: {', '.join(parameters)}.")
     )
+
+
+def _check_kind(binding: Binding, target: Any, statements: Statements) -> None:
+    """Check that a value, macros in place, is of the kind that the parameter is declared to be."""
+    macros = {b.key: b.value for b in _bindings(statements) if not b.parameter}
+    value = _literal(binding.value, macros)
+    wanted = gin_types.annotation_of(target, binding.parameter)
+    if not gin_types.fits(value, wanted):
+        error = invalid(
+            f"{target.__name__}.{binding.parameter}", value, f"be {gin_types.describe(wanted)}", "Change the value."
+        )
+        raise ConfigError(locate(str(error), statements))
+
+
+def _literal(value: Any, macros: Mapping[str, Any]) -> Any:
+    """Return a value with its macros resolved; what gin has to make becomes `Made`."""
+    if isinstance(value, Macro) and value.name in macros:
+        return _literal(macros[value.name], macros)
+    if isinstance(value, Macro | Reference):
+        return gin_types.Made(value)
+    if isinstance(value, Mapping):
+        return {key: _literal(item, macros) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_literal(item, macros) for item in value)
+    return value

@@ -1,6 +1,6 @@
 """Entry point of `pit-jax`: reads the command line, runs one verb, turns errors into messages.
 
-exit status   0 done   1 a PitError, one message on stderr   2 wrong usage
+exit status   0 done   1 a PitError or OSError, one message on stderr   2 wrong usage
               130, 143 stopped by Ctrl-C or SIGTERM (with a checkpoint, where training was under way)
 """
 
@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(
-            f"pit-jax {args.verb}: stopped. The same command again goes on from the last checkpoint.", file=sys.stderr
+            f"pit-jax {args.verb}: stopped. What is complete is kept; the same command again goes on from there.",
+            file=sys.stderr,
         )
         return _CTRL_C
     except BrokenPipeError:
@@ -46,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # No right to write, a full disk, no network: nothing a traceback would explain.
+        if args.debug:
+            raise
+        fix = "Check the path, its permissions, free space and network, then run the same command again."
+        print(f"pit-jax {args.verb}: {error}. {fix} --debug shows where.", file=sys.stderr)
+        return 1
 
 
 def _status(error: PitError) -> int:

@@ -197,7 +197,10 @@ def refuse(line: Line, problem: str, config: ReadConfig, report: ReadReport) -> 
     """Count a bad line, or stop at it."""
     message = f"{line.place}: {problem}"
     if config.on_bad_record == "fail":
-        raise DataError(f"{message} To leave such lines out, use --on-bad-record=skip.")
+        raise DataError(
+            f"{message} To leave such lines out, use --on-bad-record=skip, or in a recipe "
+            "readers.ReadConfig.on_bad_record = 'skip'."
+        )
     report.add_bad(message)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -27,9 +28,9 @@ from pit_jax.core.rng import stream_id
 from pit_jax.core.tree import named_leaves, parameter_count
 from pit_jax.core.types import Params
 from pit_jax.data.folds import Split
-from pit_jax.data.open import DataSpec, open_examples, open_records, open_source
+from pit_jax.data.open import DataSpec, iterate_examples, open_records, open_source
 from pit_jax.data.source import Source
-from pit_jax.data.views import Example
+from pit_jax.data.views import DropReport, Example
 from pit_jax.io import files, serialize
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.heads import ScalarModel
@@ -172,11 +173,13 @@ class Run:
         Raises:
           DataError: there are none.
         """
-        found = open_examples(self.experiment.data, view=view, split=split, codec=self.codec, limit=limit)
+        report = DropReport()
+        examples = iterate_examples(self.experiment.data, view=view, split=split, codec=self.codec, report=report)
+        found = list(itertools.islice(examples, limit))
         if not found:
             raise DataError(
-                f"The {split} split has no example for view {view!r}. "
-                "Give more data, or raise DataSpec's validation fraction."
+                f"The {split} split has no example for view {view!r} ({report.summary()}). Give more data, raise "
+                "TASK_FEATURE_LENGTHS if replies are too long, or raise Folds.validation_fraction."
             )
         return found
 

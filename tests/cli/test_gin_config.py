@@ -126,7 +126,10 @@ def test_text_is_read_back_as_the_same_object(folder: Path) -> None:
         ("Sfd.steps = 7", ["nothing called 'Sfd'", "'Sft'"]),
         ("LEARNING_RATE = %LEARNING_RAT", ["LEARNING_RAT is required", "'LEARNING_RATE'"]),
         ("LEARNING_RATE = -1.0", ["Optimizer.learning_rate = -1.0 must be positive", "base.gin:10", "--gin.LEARNING"]),
-        ("LEARNING_RATE = 'big'", ["Optimizer refuses", "'<='"]),
+        ("LEARNING_RATE = 'big'", ["Optimizer.learning_rate = 'big' must be a number", "base.gin:10", "--gin.LEARN"]),
+        ("Sft.steps = 2.5", ["Sft.steps = 2.5 must be a whole number", "--gin.Sft.steps"]),
+        ("Sft.steps = True", ["Sft.steps = True must be a whole number"]),
+        ("Sft.optimizer = 3", ["Sft.optimizer = 3 must be @Optimizer()"]),
     ],
 )
 def test_wrong_bindings_name_the_right_one(binding: str, expected: list[str]) -> None:

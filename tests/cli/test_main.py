@@ -91,6 +91,16 @@ def test_error_is_one_message_and_status_1(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "pit-jax pipeline: mine.jsonl:3: is not JSON.\n"
 
 
+def test_what_the_system_refuses_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _verb(monkeypatch, PermissionError(13, "Permission denied", "runs/a"))
+    assert cli.main(["pipeline"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("pit-jax pipeline: [Errno 13] Permission denied: 'runs/a'. Check the path")
+    assert message.count("\n") == 1
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     _verb(monkeypatch, DataError("broken"))
     with pytest.raises(DataError, match="broken"):
