@@ -11,7 +11,7 @@ from etils import epath
 from pit_jax.evaluation.winrate import Comparison
 
 Records = Sequence[Mapping[str, Any]]
-_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#577590")
+_COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#577590", "#222222", "#c77dff")
 
 
 def _figure(width: float = 7.0, height: float = 3.6, columns: int = 1) -> tuple[Any, Any]:

@@ -35,7 +35,9 @@ def definition(module: Callable[[jax.Array, Any], nnx.Module], config: Any) -> D
     """Return the definition of `module(key, config)`; nothing is allocated."""
     graph, state = nnx.split(nnx.eval_shape(lambda: module(jax.random.key(0), config)))
     axes = {path: variable.get_metadata()["axes"] for path, variable in nnx.to_flat_state(state)}
-    return Definition(graph, nnx.to_pure_dict(state), traverse_util.unflatten_dict(axes))
+    # Shapes made under `jax.set_mesh` name its mesh; what is kept for the whole process must not.
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), nnx.to_pure_dict(state))
+    return Definition(graph, shapes, traverse_util.unflatten_dict(axes))
 
 
 def initialise(module: Callable[[jax.Array, Any], nnx.Module], config: Any, key: jax.Array) -> Params:

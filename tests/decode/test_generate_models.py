@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,7 +42,7 @@ def test_sampler_and_trainer_agree_on_logp(model: tuple[ConditionalLM, dict]) ->
     prompts, keys = rows_to_prompts(ROWS, 5, 0), jax.random.split(jax.random.key(2), 3)
     for temperature in (0.0, 1.0):
         samples = _sample(model, prompts, keys, temperature)
-        scores = lm.logprobs(params, with_samples(prompts, samples))
+        scores = lm.logprobs(params, jax.tree.map(jnp.asarray, with_samples(prompts, samples)))
         np.testing.assert_allclose(samples.logp, scores.logp, atol=1e-5)
         if temperature == 0.0:
             np.testing.assert_array_equal(scores.correct, np.asarray(samples.mask, np.float32))

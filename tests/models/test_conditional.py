@@ -189,6 +189,14 @@ def test_abstract_and_axes_describe_the_parameters(name: str) -> None:
         assert leaf.shape[names.index("embed")] == lm.config.width if "embed" in names else True, path
 
 
+def test_shapes_do_not_remember_the_mesh_they_were_made_under() -> None:
+    fresh = DecoderOnly(dataclasses.replace(tiny.ROTARY, mlp=40))  # nobody has asked for its shapes before
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        shapes = fresh.abstract()
+    assert all(leaf.sharding is None for leaf in jax.tree.leaves(shapes))
+
+
 def test_layers_start_different_and_as_documented() -> None:
     config = dataclasses.replace(tiny.ROTARY, width=64, mlp=64)
     layers = jax.jit(tiny.DECODERS["rotary"].__class__(config).init)(KEY)["layers"]
