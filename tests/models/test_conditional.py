@@ -190,7 +190,7 @@ def test_abstract_and_axes_describe_the_parameters(name: str) -> None:
 
 
 def test_shapes_do_not_remember_the_mesh_they_were_made_under() -> None:
-    fresh = DecoderOnly(dataclasses.replace(tiny.ROTARY, mlp=40))  # nobody has asked for its shapes before
+    fresh = tiny.DecoderOnly(dataclasses.replace(tiny.ROTARY, mlp=40))  # nobody has asked for its shapes before
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         shapes = fresh.abstract()
