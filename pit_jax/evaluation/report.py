@@ -169,7 +169,9 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
     """Return the report as Markdown; pictures are linked by their file names."""
     lines = [f"# {report.title}", ""]
     lines += [f"* **{name}:** {value}" for name, value in report.facts.items()]
-    lines += ["", "## Who wins", "", _table(_HEADER, [_cells(row) for row in report.comparisons])]
+    lines += ["", "## Who wins", "", _table(_HEADER, [_cells(row) for row in main_rows(report)]), ""]
+    lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in pictures.items()]
+    lines += ["## All comparisons", "", _table(_HEADER, [_cells(row) for row in report.comparisons])]
     if report.reward_models:
         header = ("stage", "on held-out records", "value", "95 % interval", "n")
         lines += ["", "## Reward models", "", _table(header, reward_cells(report))]
@@ -177,9 +179,7 @@ def markdown(report: Report, pictures: Mapping[str, str]) -> str:
         rows = [(str(steps), *_cells(row)) for steps, group in report.policy_curve for row in group]
         lines += ["", "## Delta against the number of RLHF steps of the Original", ""]
         lines += [_table(("RLHF steps", *_HEADER), rows)]
-    lines += ["", "## Pictures", ""]
-    lines += [f"![{caption}]({name})\n\n{caption}\n" for name, caption in pictures.items()]
-    lines += ["## Side by side", ""]
+    lines += ["", "## Side by side", ""]
     for example in report.examples[:12]:
         lines += [
             f"* *{_inline(example.prompt)}*",
@@ -203,8 +203,9 @@ def _html(report: Report, pictures: Mapping[str, str], directory: epath.Path) ->
     header = ("stage", "on held-out records", "value", "95 % interval", "n")
     sections = [
         page.definition_list(report.facts),
-        page.section("Who wins", page.table(_HEADER, [_cells(row) for row in report.comparisons])),
+        page.section("Who wins", page.table(_HEADER, [_cells(row) for row in main_rows(report)])),
         "".join(_picture(directory / name, caption) for name, caption in pictures.items()),
+        page.section("All comparisons", page.table(_HEADER, [_cells(row) for row in report.comparisons])),
     ]
     if report.reward_models:
         sections.append(page.section("Reward models", page.table(header, reward_cells(report))))
