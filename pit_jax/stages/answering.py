@@ -1,28 +1,60 @@
-"""Samplers and scorers with a run's fixed shapes."""
+"""Samplers and scorers with the fixed shapes of a codec or a run."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
 
+from jax.sharding import Mesh
+
 from pit_jax.decode.batches import Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
+from pit_jax.models.api import ConditionalLM
+from pit_jax.models.heads import ScalarModel
 from pit_jax.sharding.place import ROW_AXES
 from pit_jax.stages.run import Run
+from pit_jax.text.codec import Codec
+
+
+def make_sampler(
+    lm: ConditionalLM,
+    codec: Codec,
+    kind: Literal["policy", "improver"],
+    sampling: Sampling,
+    batch_size: int,
+    mesh: Mesh | None = None,
+) -> Sampler:
+    """Return what answers prompts of a kind with a network, at the codec's fixed shapes."""
+    return Sampler(
+        lm=lm,
+        sampling=sampling,
+        width=codec.width(kind),
+        max_new=codec.lengths.targets,
+        eos_ids=codec.eos_ids,
+        pad_id=codec.pad_id,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
+
+
+def make_scorer(
+    model: ScalarModel, codec: Codec, kind: Literal["policy", "gap"], batch_size: int, mesh: Mesh | None = None
+) -> Scorer:
+    """Return what scores responses to prompts of a kind with a reward model, at the codec's fixed shapes."""
+    return Scorer(
+        model=model,
+        width=codec.width(kind),
+        length=codec.lengths.targets,
+        eos_id=codec.eos_ids[0],
+        pad_id=codec.pad_id,
+        batch_size=batch_size,
+        mesh=mesh,
+    )
 
 
 def sampler(run: Run, kind: Literal["policy", "improver"], sampling: Sampling, batch_size: int) -> Sampler:
     """Return what answers prompts of a kind with the run's network."""
-    return Sampler(
-        lm=run.lm,
-        sampling=sampling,
-        width=run.codec.width(kind),
-        max_new=run.codec.lengths.targets,
-        eos_ids=run.codec.eos_ids,
-        pad_id=run.codec.pad_id,
-        batch_size=_shared_out(run, batch_size),
-        mesh=run.mesh,
-    )
+    return make_sampler(run.lm, run.codec, kind, sampling, _shared_out(run, batch_size), run.mesh)
 
 
 def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size: int) -> Scorer:
@@ -31,15 +63,8 @@ def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size:
     Raises:
       CheckpointError: the stage is no reward model, or one for other prompts.
     """
-    return Scorer(
-        model=run.reward_model(reference, "bt" if kind == "policy" else "gap"),
-        width=run.codec.width(kind),
-        length=run.codec.lengths.targets,
-        eos_id=run.codec.eos_ids[0],
-        pad_id=run.codec.pad_id,
-        batch_size=_shared_out(run, batch_size),
-        mesh=run.mesh,
-    )
+    model = run.reward_model(reference, "bt" if kind == "policy" else "gap")
+    return make_scorer(model, run.codec, kind, _shared_out(run, batch_size), run.mesh)
 
 
 def _shared_out(run: Run, rows: int) -> int:

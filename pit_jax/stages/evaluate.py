@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from pit_jax.core.errors import invalid
 from pit_jax.evaluation import judges, report
-from pit_jax.evaluation.winrate import Comparison, compare, interval
+from pit_jax.evaluation.winrate import Comparison, ResponseSet, compare, interval
 from pit_jax.improve.accept import Improve
 from pit_jax.stages.answers import Answered, Answers
 from pit_jax.stages.artifact import RESPONSES, split_reference
@@ -239,13 +239,21 @@ class Jury:
         self._reward = answers.judge(reward, "policy")
         self.names = [*(["exact"] if exact else []), epath.Path(split_reference(reward)[0]).name]
         self._scores: dict[tuple[str, float, str], Float[np.ndarray, " n"]] = {}
+        self._sets: dict[tuple[str, float], ResponseSet] = {}
+
+    def as_set(self, entry: Answered) -> ResponseSet:
+        """Return a response set as text; it is compared many times and decoded once."""
+        key = (entry.name, entry.temperature)
+        if key not in self._sets:
+            self._sets[key] = entry.as_set(self.run)
+        return self._sets[key]
 
     def scores(self, entry: Answered, judge: str) -> Float[np.ndarray, " n"]:
         """Return one judge's scores of a response set."""
         key = (entry.name, entry.temperature, judge)
         if key not in self._scores:
             if judge == "exact" and self._exact is not None:
-                self._scores[key] = self._exact.scores(self.texts, entry.as_set(self.run).responses)
+                self._scores[key] = self._exact.scores(self.texts, self.as_set(entry).responses)
             else:
                 self._scores[key] = self.answers.rewards(self._reward, entry)
         return self._scores[key]
@@ -253,14 +261,14 @@ class Jury:
     def compare(self, candidate: Answered, baseline: Answered, judge: str) -> Comparison:
         """Return the row of two response sets by one judge."""
         return compare(
-            candidate.as_set(self.run), baseline.as_set(self.run),
+            self.as_set(candidate), self.as_set(baseline),
             (self.scores(candidate, judge), self.scores(baseline, judge)),
             groups=self.groups, judge=judge, seed=self.run.seed,
         )  # fmt: skip
 
     def examples(self, original: Answered, improved: Answered, most: int = 60) -> list[report.Example]:
         """Return side-by-side examples, changed ones first."""
-        before, after = (entry.as_set(self.run).responses for entry in (original, improved))
+        before, after = (self.as_set(entry).responses for entry in (original, improved))
         first, second = (self.scores(entry, self.names[0]) for entry in (original, improved))
         order: Sequence[int] = sorted(range(len(before)), key=lambda i: (before[i] == after[i], i))[:most]
         return [

@@ -16,12 +16,13 @@ from etils import epath
 from pit_jax.core.errors import CheckpointError, DataError, PitError
 from pit_jax.core.types import Params
 from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objects, refuse
-from pit_jax.decode.batches import Response, Sampler, Scorer
+from pit_jax.decode.batches import Response, Sampler
 from pit_jax.decode.sampling import Sampling
 from pit_jax.improve.accept import Improve
 from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
 from pit_jax.io import files
 from pit_jax.models.heads import ScalarModel
+from pit_jax.stages import answering
 from pit_jax.stages.artifact import MANIFEST, Artifact, finished_stages, split_reference
 from pit_jax.text.codec import Codec
 
@@ -97,19 +98,12 @@ class Improver:
             return None
         model = self.gap.network
         assert isinstance(model, ScalarModel)
-        scorer = Scorer(
-            model=model, width=self.codec.width("gap"), length=self.codec.lengths.targets,
-            eos_id=self.codec.eos_ids[0], pad_id=self.codec.pad_id, batch_size=_BATCH,
-        )  # fmt: skip
+        scorer = answering.make_scorer(model, self.codec, "gap", _BATCH)
         return functools.partial(scorer.score, self.gap.params())
 
-    def sampler(self, kind: str, temperature: float) -> Sampler:
+    def sampler(self, kind: Literal["policy", "improver"], temperature: float) -> Sampler:
         """Return what answers policy or improver prompts."""
-        return Sampler(
-            lm=self.artifact.lm, sampling=Sampling(temperature=temperature),
-            width=self.codec.width("policy" if kind == "policy" else "improver"),
-            max_new=self.codec.lengths.targets, eos_ids=self.codec.eos_ids, pad_id=self.codec.pad_id, batch_size=_BATCH,
-        )  # fmt: skip
+        return answering.make_sampler(self.artifact.lm, self.codec, kind, Sampling(temperature=temperature), _BATCH)
 
     def originals(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[Response]:
         """Return the policy's own answers, for lines without a response.
