@@ -55,7 +55,7 @@ class Trouble:
 def test_interrupted_pipeline_ends_as_the_uninterrupted_one(
     whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trouble = Trouble(after=7)
+    trouble = Trouble(after=5)
     trouble.patch(monkeypatch)
     for _ in range(20):
         trouble.count = 0
