@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from pit_jax.core.errors import ConfigError, invalid, nearest
+from pit_jax.models.lora import TARGETS, Lora
+from pit_jax.ops.rotary import RopeScaling as RopeScaling
 
-ACTIVATIONS = ("silu", "gelu_tanh", "relu")
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_with_no_batch_dims")
+QUANTISED = ("int8",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,8 @@ class ModelConfig:
     """Fields of every language model; frozen and hashable, so that equal configs share compiled programs.
 
     vocab_size, width, heads, head_dim, mlp: V, D, H, E, F.
-    activation: of the feed-forward layer; `gated` multiplies it by a second projection.
+    activation: of the feed-forward layer (gelu_tanh: the usual approximation, gelu: the exact form); `gated`
+      multiplies it by a second projection.
     norm_eps: added to the mean square in RMS norms.
     role_embedding: add a learned vector for the role of each token: prompt, reference or response.
     tied: the output matrix is the embedding, transposed.
@@ -27,6 +31,9 @@ class ModelConfig:
       matrix products) or dots_with_no_batch_dims (all but products with parameters).
     scan_layers: one compiled layer in a loop (compiles fast) or unrolled (runs faster on CPU).
     logprob_chunk: vocabulary entries of which float32 logits exist at once in training.
+    lora: low-rank adapters of linear maps; their matrices are parameters beside the kernels.
+    quantised: "int8" stores the frozen kernels of attention and feed-forward layers so, with a scale per output
+      channel; only with `lora`.
     """
 
     vocab_size: int
@@ -45,6 +52,8 @@ class ModelConfig:
     remat: str = "none"
     scan_layers: bool = True
     logprob_chunk: int = 8192
+    lora: Lora | None = None
+    quantised: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -62,6 +71,27 @@ class ModelConfig:
             raise self.bad("norm_eps", "be positive", "1e-6 is usual.")
         if not 0 <= self.dropout < 1:
             raise self.bad("dropout", "lie in [0, 1)", "Use 0 to switch it off.")
+        if self.lora is not None and not any(self.adapts(name) for name in TARGETS):
+            rule = "target a linear map of this model (gate: only with `gated`, head: only without `tied`)"
+            raise invalid(f"{type(self).__name__}.lora.targets", self.lora.targets, rule, "Name one that it has.")
+        if self.quantised is not None:
+            self._check_choice("quantised", QUANTISED)
+            if self.lora is None:
+                raise self.bad("quantised", "be None without lora", "Only a base that is not trained can be quantised.")
+
+    @property
+    def prompt_width(self) -> int:
+        """Width of the final states of prompts: D, except where an encoder has a width of its own."""
+        return self.width
+
+    def adapts(self, name: str) -> bool:
+        """Return whether the linear map of this name, one of `lora.TARGETS`, is there and has an adapter."""
+        there = {"gate": self.gated, "head": not self.tied}.get(name, True)
+        return there and self.lora is not None and name in self.lora.targets
+
+    def quantises(self, name: str) -> bool:
+        """Return whether the kernel of the linear map of this name, one of `lora.TARGETS`, is stored as integers."""
+        return self.quantised is not None and name != "head"
 
     def check_at_least(self, name: str, least: int) -> None:
         """Raise ConfigError if an integer field is smaller than `least`."""

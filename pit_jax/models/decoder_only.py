@@ -1,4 +1,4 @@
-"""Decoder-only language models in the manner of Llama, Qwen 2 and Gemma."""
+"""Decoder-only language models in the manner of Llama, Mistral, Qwen, Gemma and T5X's decoder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
 from pit_jax.models import functional, layers
 from pit_jax.models.api import Attention
-from pit_jax.models.config import ModelConfig
-from pit_jax.ops import logprob, mask, rotary
+from pit_jax.models.config import ModelConfig, RopeScaling
+from pit_jax.ops import logprob, mask, relative_bias, rotary
 from pit_jax.sharding.rules import constrain
 
+POSITIONS = ("rotary", "learned", "relative")
 _NEVER = 2**30
 """Position of a cache slot that no query reaches."""
 
@@ -26,70 +27,128 @@ class DecoderOnlyConfig(ModelConfig):
     """Architecture of a decoder-only model; the defaults are Llama's.
 
     layers: N. kv_heads: Kh, a divisor of `heads`.
-    position: "rotary", with base `rope_base`, or "learned", a table of `max_positions` vectors.
+    position: "rotary", with base `rope_base`; "learned", a table of `max_positions` vectors; or "relative", T5's bias
+      with `relative_buckets` up to `relative_max_distance` (T5X), one table for all layers or `relative_per_layer`.
+    rope_scaling: stretches the rotary angles (Llama 3.1). local_rope_base: base of layers with a window, whose angles
+      are not stretched (Gemma 3); by default they are like the others.
     norm_offset: added to the stored norm weights (Gemma: 1). post_norms: norms on sublayer outputs too (Gemma 2).
-    scale_embedding: multiply embeddings by D^1/2 (Gemma). qkv_bias: biases on query, key, value (Qwen 2).
+    qk_norm: RMS norms of each head's queries and keys, before they are turned (Qwen 3, Gemma 3).
+    scale_embedding: multiply embeddings by D^1/2 (Gemma). scale_logits: multiply logits by D^-1/2 (T5X, tied).
+    qkv_bias, out_bias, mlp_bias: biases on query, key and value (Qwen 2), on the attention's output, and in the
+      feed-forward layers (Llama has all of them or none).
     attention_scale: factor of the dot products, by default E^-1/2.
     attention_softcap, logit_softcap: bounds of attention scores and of output logits (Gemma 2).
     window: layers see only keys less than so many positions away, except that every `global_every`-th layer sees
-      all (Gemma 2: 2; 0: none does).
+      all (Gemma 2: 2; 0: none does), or those that `global_layers` lists, counted from 0.
+    prefix_lm: tokens of a prompt see each other in both directions; responses are causal in any case.
     """
 
     layers: int
     kv_heads: int
     position: str = "rotary"
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    local_rope_base: float | None = None
     max_positions: int | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_per_layer: bool = False
     norm_offset: float = 0.0
     post_norms: bool = False
+    qk_norm: bool = False
     scale_embedding: bool = False
+    scale_logits: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     window: int | None = None
     global_every: int = 0
+    global_layers: tuple[int, ...] | None = None
+    prefix_lm: bool = False
 
     def __post_init__(self) -> None:
-        """Check every field.
+        """Check every field; make lists from gin hashable.
 
         Raises:
           ConfigError: a field is out of range, or contradicts another.
         """
         super().__post_init__()
+        if self.global_layers is not None:
+            object.__setattr__(self, "global_layers", tuple(self.global_layers))
         self.check_at_least("layers", 1)
         self.check_at_least("kv_heads", 1)
-        self.check_at_least("global_every", 0)
         if self.heads % self.kv_heads:
             raise self.bad("kv_heads", f"divide heads = {self.heads}", "Change either number.")
-        if self.position not in ("rotary", "learned"):
-            raise self.bad("position", "be 'rotary' or 'learned'", "Use one of them.")
+        for name in ("rope_base", "local_rope_base", "attention_scale", "attention_softcap", "logit_softcap"):
+            value = vars(self)[name]
+            if value is not None and not value > 0:
+                raise self.bad(name, "be positive", "Give a positive number, or leave it out.")
+        self._check_positions()
+        self._check_window()
+
+    def _check_positions(self) -> None:
+        if self.position not in POSITIONS:
+            raise self.bad("position", "be 'rotary', 'learned' or 'relative'", "Use one of them.")
         if self.position == "rotary" and self.head_dim % 2:
             raise self.bad("head_dim", "be even with rotary positions", "Change it, or use learned positions.")
         if (self.position == "learned") != (self.max_positions is not None):
             raise self.bad("max_positions", "be given with learned positions and only then", "Set or unset it.")
-        for name in ("max_positions", "window"):
-            if vars(self)[name] is not None:
-                self.check_at_least(name, 1)
-        for name in ("rope_base", "attention_scale", "attention_softcap", "logit_softcap"):
-            value = vars(self)[name]
-            if value is not None and not value > 0:
-                raise self.bad(name, "be positive", "Give a positive number, or leave it out.")
-        if self.global_every and self.window is None:
-            raise self.bad("global_every", "be 0 without a window", "Set window, or leave it out.")
+        if self.max_positions is not None:
+            self.check_at_least("max_positions", 1)
+        for name in ("rope_scaling", "local_rope_base"):
+            if vars(self)[name] is not None and self.position != "rotary":
+                raise self.bad(name, "be None without rotary positions", "Leave it out.")
+        if self.position != "relative":
+            if self.relative_per_layer:
+                raise self.bad("relative_per_layer", "be False without relative positions", "Leave it out.")
+            return
+        self.check_at_least("relative_buckets", 2)
+        if self.relative_buckets % 2:
+            raise self.bad("relative_buckets", "be even", "Half of the buckets are exact.")
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            rule = f"be more than relative_buckets / 2 = {self.relative_buckets // 2}"
+            raise self.bad("relative_max_distance", rule, "Nearer positions have buckets of their own.")
+
+    def _check_window(self) -> None:
+        self.check_at_least("global_every", 0)
+        if self.window is not None:
+            self.check_at_least("window", 1)
+        else:
+            for name in ("global_every", "global_layers", "local_rope_base"):
+                if vars(self)[name]:
+                    raise self.bad(name, "be left out without a window", "Set window, or leave it out.")
+        if self.global_layers is not None:
+            if self.global_every:
+                raise self.bad("global_layers", "be None with global_every", "Use one of the two.")
+            if list(self.global_layers) != sorted(set(self.global_layers) & set(range(self.layers))):
+                rule = f"be different layers among 0, ..., {self.layers - 1}, in their order"
+                raise self.bad("global_layers", rule, "Mend the list.")
 
     @property
     def block(self) -> layers.BlockConfig:
-        """The layers' settings; projections into the residual stream start (2 N)^-1/2 smaller (GPT-2)."""
+        """The layers' settings.
+
+        Projections into the residual stream start (2 N)^-1/2 smaller (GPT-2); scores start with a variance of about 1
+        whatever their scale.
+        """
+        scale = self.attention_scale or self.head_dim**-0.5
+        own_bias = self.position == "relative" and self.relative_per_layer
         return layers.BlockConfig(
             kv_heads=self.kv_heads,
             norm_offset=self.norm_offset,
             qkv_bias=self.qkv_bias,
+            out_bias=self.out_bias,
+            mlp_bias=self.mlp_bias,
             post_norms=self.post_norms,
-            cross=False,
-            attention_scale=self.attention_scale or self.head_dim**-0.5,
+            cross=None,
+            attention_scale=scale,
             softcap=self.attention_softcap,
-            query_std=self.width**-0.5,
+            qk_norm=self.qk_norm,
+            relative_buckets=self.relative_buckets if own_bias else None,
+            query_std=self.width**-0.5 * (self.head_dim**-0.5 / scale),
             output_scale=(2 * self.layers) ** -0.5,
         )
 
@@ -99,10 +158,17 @@ class DecoderOnlyConfig(ModelConfig):
         return self.width**0.5 if self.scale_embedding else 1.0
 
     @property
+    def logit_scale(self) -> float:
+        """Factor of the logits, before they are capped."""
+        return self.width**-0.5 if self.scale_logits else 1.0
+
+    @property
     def windowed(self) -> np.ndarray:
         """Which layers see only the window, `bool[N]`."""
-        index = np.arange(1, self.layers + 1)
-        everywhere = index % self.global_every == 0 if self.global_every else np.zeros(self.layers, bool)
+        index = np.arange(self.layers)
+        everywhere = np.isin(index, self.global_layers or ())
+        if self.global_every:
+            everywhere = (index + 1) % self.global_every == 0
         return ~everywhere & (self.window is not None)
 
 
@@ -126,49 +192,61 @@ class DecoderNet(nnx.Module):
 
     def __init__(self, key: jax.Array, config: DecoderOnlyConfig):
         """Draw embeddings and output matrix with std D^-1/2 (of the scaled embedding, 1), the blocks as they say."""
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         std = config.width**-0.5
         self.config = config
         self.embedding = layers.Embedding(keys[0], config, std, config.max_positions)
         self.layers = functional.stacked(lambda one: layers.Block(one, config, config.block), keys[1], config.layers)
-        self.final_norm = layers.RMSNorm(config, config.norm_offset)
+        self.final_norm = layers.RMSNorm(config.width, config, config.norm_offset)
+        if config.position == "relative" and not config.relative_per_layer:
+            self.relative_bias = layers.RelativeBias(keys[3], config, config.relative_buckets)
         if not config.tied:
-            self.head = layers.normal(keys[2], (config.width, config.vocab_size), ("embed", "vocab"), std, config)
+            self.head = layers.output_head(keys[2], config)
 
     def output_matrix(self) -> Float[Array, "D V"]:
-        """Return the matrix from hidden states to logits."""
-        return self.embedding.token[...].T if self.config.tied else self.head[...]
+        """Return the matrix from hidden states to logits; with an adapter W + s A B, one product `[D, V]`."""
+        return self.embedding.token[...].T if self.config.tied else layers.output_matrix(self.head)
 
     def embed(self, row: layers.Row, key: jax.Array | None) -> Float[Array, "B L D"]:
         """Return the input of the first layer."""
         x = self.embedding(row, self.config.embedding_factor, key)
         return constrain(x, ("batch", "length", None))
 
-    def turn(self, positions: Int[Array, "B L"]) -> layers.Rotary | None:
-        """Return the rotary angles of positions, shared by all layers."""
-        if self.config.position != "rotary":
-            return None
-        return layers.Rotary(*rotary.table(positions, self.config.head_dim, self.config.rope_base))
+    def seen(self, row: layers.Row, attention: Attention, prefix: Bool[Array, "B L"] | None) -> Bool[Array, "B 1 L L"]:
+        """Return what the tokens of whole rows see, but for windows; tokens of a prefix see its later ones too."""
+        seen = mask.same_segment(row.segments, row.segments)
+        if attention == "bidirectional":
+            return seen
+        causal = mask.causal(row.positions, row.positions)
+        return seen & (causal if prefix is None else causal | mask.prefix(prefix, prefix))
 
-    def near(self, seen: Bool[Array, "B 1 Q K"], queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> Array:
-        """Return what windowed layers see of what is seen at all."""
-        return seen if self.config.window is None else seen & mask.window(queries, keys, self.config.window)
+    def view(self, seen: Bool[Array, "B 1 Q K"], queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> layers.View:
+        """Return what all layers know of their queries: what they see, how they are turned, and the bias."""
+        config, near, turn, near_turn, bias = self.config, None, None, None, layers.Bias(None, None)
+        if config.window is not None:
+            near = seen & mask.window(queries, keys, config.window)
+        if config.position == "rotary":
+            turn = layers.Rotary(*rotary.table(queries, config.head_dim, config.rope_base, config.rope_scaling))
+        if config.local_rope_base is not None:
+            near_turn = layers.Rotary(*rotary.table(queries, config.head_dim, config.local_rope_base))
+        if config.position == "relative":
+            relative = keys[:, None, :] - queries[:, :, None]
+            buckets = relative_bias.bucket(relative, False, config.relative_buckets, config.relative_max_distance)
+            own = config.relative_per_layer
+            bias = layers.Bias(None, buckets) if own else layers.Bias(self.relative_bias(buckets), None)
+        return layers.View(seen=seen, near=near, turn=turn, near_turn=near_turn, bias=bias)
 
     def run(
-        self, row: layers.Row, attention: Attention, key: jax.Array | None, *, keep: bool
+        self, row: layers.Row, seen: Bool[Array, "B 1 L L"], key: jax.Array | None, *, keep: bool
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues | tuple[()]]:
         """Return the final states of whole rows and, to `keep` for a cache, every layer's keys and values."""
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        seen = mask.same_segment(row.segments, row.segments)
-        if attention == "causal":
-            seen = seen & mask.causal(row.positions, row.positions)
-        near, turn = self.near(seen, row.positions, row.positions), self.turn(row.positions)
+        view = self.view(seen, row.positions, row.positions)
 
         def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, layers.KeysValues | tuple[()]]:
             windowed, key = inputs
-            queries, known = block.look(x, turn)
-            sight = layers.Sight(jnp.where(windowed, near, seen), None)
-            x = block.finish(x, queries, known, sight, None, key)
+            queries, known = block.look(x, view.turn_of(windowed))
+            x = block.finish(x, queries, known, block.sight(view.mask_of(windowed), view.bias), None, key)
             return constrain(x, ("batch", "length", None)), known if keep else ()
 
         inputs = (self.config.windowed, layers.layer_keys(layer_key, self.config.layers))
@@ -177,23 +255,19 @@ class DecoderNet(nnx.Module):
 
     def extend(self, cache: DecoderCache, row: layers.Row) -> tuple[Float[Array, "B D"], DecoderCache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        seen = mask.causal(row.positions, cache.positions)
-        near, turn = self.near(seen, row.positions, cache.positions), self.turn(row.positions)
+        view = self.view(mask.causal(row.positions, cache.positions), row.positions, cache.positions)
 
         def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, keys, values), (index, windowed) = carry, inputs
-            queries, new = block.look(x, turn)
-            # The whole cache is carried and written in place: one slot is written, one layer read.
-            keys = jax.lax.dynamic_update_slice(keys, new.keys[None], (index, 0, cache.slot, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, new.values[None], (index, 0, cache.slot, 0, 0))
-            known = layers.KeysValues(*(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (keys, values)))
-            sight = layers.Sight(jnp.where(windowed, near, seen), None)
-            return (block.finish(x, queries, known, sight, None, None), keys, values), None
+            (x, kept), (index, windowed) = carry, inputs
+            queries, new = block.look(x, view.turn_of(windowed))
+            kept, known = layers.remember(kept, new, index, cache.slot)
+            sight = block.sight(view.mask_of(windowed), view.bias)
+            return (block.finish(x, queries, known, sight, None, None), kept), None
 
         inputs = (np.arange(self.config.layers, dtype=np.int32), self.config.windowed)
-        (x, keys, values), _ = self._layers(body, (self.embed(row, None), cache.keys, cache.values), inputs)
-        cache = dataclasses.replace(cache, keys=keys, values=values, slot=cache.slot + 1)
-        return self.final_norm(x)[:, 0], cache
+        carry = (self.embed(row, None), layers.KeysValues(cache.keys, cache.values))
+        (x, kept), _ = self._layers(body, carry, inputs)
+        return self.final_norm(x)[:, 0], dataclasses.replace(cache, **kept._asdict(), slot=cache.slot + 1)
 
     def _layers(self, body, carry, inputs):
         config = self.config
@@ -220,7 +294,7 @@ class DecoderOnly:
 
     def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final states; `bidirectional` lets every token see its whole segment, prompt and response."""
-        states, _ = self._bind(params).run(layers.joint_row(x), attention, key, keep=False)
+        states = self._states(params, layers.joint_row(x), attention, key)
         return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
@@ -228,8 +302,7 @@ class DecoderOnly:
 
         The first token of a response without any prompt has none: its state is 0, hence its distribution uniform.
         """
-        states, _ = self._bind(params).run(layers.joint_row(x), "causal", key, keep=False)
-        return _gather(states, layers.predecessors(x))
+        return _gather(self._states(params, layers.joint_row(x), "causal", key), layers.predecessors(x))
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
         """Return the scores of each response token."""
@@ -240,8 +313,34 @@ class DecoderOnly:
             x.response,
             chunk=self.config.logprob_chunk,
             softcap=self.config.logit_softcap,
+            scale=self.config.logit_scale,
         )
         return layers.zero_padding(scores, x.response_segments)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: Int[Array, "B L"],
+        mask: Bool[Array, "B L"],
+        prefix: Bool[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L V"]:
+        """Return the float32 logits after each token, all of V at once: for inspection and parity.
+
+        Args:
+          params: the parameters.
+          tokens: one text a row, padded on either side.
+          mask: true where there is a token; only those have positions.
+          prefix: true at tokens that see each other in both directions, whatever `prefix_lm` is; for a role embedding
+            they are prompts, and all others responses.
+        """
+        net, segments = self._bind(params), mask.astype(jnp.int32)
+        positions = jnp.maximum(jnp.cumsum(segments, axis=1, dtype=jnp.int32) - 1, 0)
+        roles = jnp.full_like(segments, layers.RESPONSE)
+        if prefix is not None:
+            roles = jnp.where(prefix, layers.PROMPT, roles)
+        row = layers.Row(tokens, segments, positions, roles)
+        states, _ = net.run(row, net.seen(row, "causal", prefix), None, keep=False)
+        return self._logits(net, states)
 
     def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], DecoderCache]:
         """Return the logits of the first new token, and the cache.
@@ -255,7 +354,7 @@ class DecoderOnly:
             rule = f"be at least {width} prompt tokens + {max_new} new ones"
             raise self.config.bad("max_positions", rule, "Shorten either, or train a model with more positions.")
         row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
-        states, known = net.run(row, "causal", None, keep=True)
+        states, known = net.run(row, net.seen(row, "causal", self._prefix(row)), None, keep=True)
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         new = lengths[:, None] + jnp.arange(max_new, dtype=jnp.int32)[None, :]
         positions = jnp.concatenate([jnp.where(prompts.mask, row.positions, _NEVER), new], axis=1)
@@ -277,8 +376,18 @@ class DecoderOnly:
     def _bind(self, params: Params) -> DecoderNet:
         return functional.bind(DecoderNet, self.config, params)
 
-    def _logits(self, net: DecoderNet, states: Float[Array, "B D"]) -> Float[Array, "B V"]:
-        return layers.logits(states, net.output_matrix(), 1.0, self.config.logit_softcap)
+    def _prefix(self, row: layers.Row) -> Bool[Array, "B L"] | None:
+        return row.roles != layers.RESPONSE if self.config.prefix_lm else None
+
+    def _states(
+        self, params: Params, row: layers.Row, attention: Attention, key: jax.Array | None
+    ) -> Float[Array, "B L D"]:
+        net = self._bind(params)
+        return net.run(row, net.seen(row, attention, self._prefix(row)), key, keep=False)[0]
+
+    def _logits(self, net: DecoderNet, states: Float[Array, "B *L D"]) -> Float[Array, "B *L V"]:
+        head, config = net.output_matrix(), self.config
+        return logprob.logits(states, head, softcap=config.logit_softcap, scale=config.logit_scale)
 
 
 def _gather(states: Float[Array, "B L D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:

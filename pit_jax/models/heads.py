@@ -26,6 +26,11 @@ class _WithHead:
 
     lm: ConditionalLM
 
+    @property
+    def width(self) -> int:
+        """Width D of the states that the head reads."""
+        return self.lm.config.width
+
     def init(self, key: jax.Array) -> Params:
         """Return fresh parameters: the kernel with std 0.1 D^-1/2, the bias 0."""
         trunk_key, head_key = jax.random.split(key)
@@ -33,13 +38,12 @@ class _WithHead:
 
     def with_trunk(self, trunk: Params, key: jax.Array) -> Params:
         """Return parameters with a given trunk and a fresh head."""
-        width = self.lm.config.width
-        kernel = _HEAD_SCALE * width**-0.5 * jax.random.normal(key, (width,), jnp.float32)
+        kernel = _HEAD_SCALE * self.width**-0.5 * jax.random.normal(key, (self.width,), jnp.float32)
         return {"trunk": trunk, "head": {"kernel": kernel, "bias": jnp.zeros((), jnp.float32)}}
 
     def abstract(self) -> Params:
         """Return the parameters' shapes and dtypes."""
-        head = jax.ShapeDtypeStruct((self.lm.config.width,), jnp.float32)
+        head = jax.ShapeDtypeStruct((self.width,), jnp.float32)
         return {"trunk": self.lm.abstract(), "head": {"kernel": head, "bias": jax.ShapeDtypeStruct((), jnp.float32)}}
 
     def axes(self) -> Params:
@@ -75,17 +79,28 @@ class ScalarModel(_WithHead):
         if self.attention not in ATTENTIONS:
             rule = f"be one of {', '.join(ATTENTIONS)}"
             raise invalid("ScalarModel.attention", self.attention, rule, "Use one of them.")
+        widths = (self.lm.config.prompt_width, self.lm.config.width)
+        if self.attention == "causal" and self.readout != "last" and widths[0] != widths[1]:
+            rule = f"be 'bidirectional' as encoder and decoder have different widths, {widths[0]} and {widths[1]}"
+            raise invalid("ScalarModel.attention", self.attention, rule, "Or read 'last', of the decoder alone.")
+
+    @property
+    def width(self) -> int:
+        """Width D of the states that the head reads: an encoder's when attention is bidirectional."""
+        config = self.lm.config
+        return config.prompt_width if self.attention == "bidirectional" else config.width
 
     def scores(self, params: Params, x: Conditional, count: int, key: jax.Array | None = None) -> Float[Array, "B M"]:
         """Return the score of each segment 1..count of each row, the bias alone where there is no such segment."""
         hidden = self.lm.hidden(params["trunk"], x, key, attention=self.attention)
         # A mean of products is the product of the mean, and this way nothing of size [B, M, D] exists.
-        prompt, response = (_project(params["head"], states) for states in hidden)
-        ones, reference = jnp.ones(x.response.shape, jnp.float32), x.prompt_reference.astype(jnp.float32)
+        response = _project(params["head"], hidden.response)
         if self.readout == "last":
             weights = _is_last(x.response_segments).astype(jnp.float32)
-            score = segment.means(response, x.response_segments, weights, count)
-        elif self.readout == "mean":
+            return segment.means(response, x.response_segments, weights, count) + params["head"]["bias"]
+        prompt = _project(params["head"], hidden.prompt)
+        ones, reference = jnp.ones(x.response.shape, jnp.float32), x.prompt_reference.astype(jnp.float32)
+        if self.readout == "mean":
             values, segments, weights = (
                 jnp.concatenate(parts, axis=1)
                 for parts in ((prompt, response), (x.prompt_segments, x.response_segments), (reference, ones))

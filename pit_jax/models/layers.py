@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, TokenScores
 from pit_jax.models.config import ModelConfig
+from pit_jax.models.quantised import Quantised, product, quantise_kernel
 from pit_jax.ops import attention, norm, rotary, segment
 
 PROMPT, REFERENCE, RESPONSE = range(3)
@@ -23,18 +25,25 @@ class BlockConfig:
     """What the families' blocks differ in, beyond `ModelConfig`.
 
     kv_heads: key/value heads. norm_offset: added to the stored weights of norms. qkv_bias: biases on query, key and
-    value. post_norms: norms on each sublayer's output as well. cross: attend to an encoder too. attention_scale:
-    factor of the dot products. softcap: bound of the attention scores. query_std: standard deviation of the query
-    projection at the start. output_scale: factor on that of the projections back into the residual stream.
+    value; out_bias, mlp_bias: on the other projections. post_norms: norms on each sublayer's output as well. cross:
+    width of the encoder's states that the layer attends to as well, None where it does not. attention_scale: factor of
+    the dot products. softcap: bound of the attention scores.
+    qk_norm: RMS norms of each head's queries and keys. relative_buckets: size of a relative position bias of each
+    layer's own. query_std: standard deviation of the query projection at the start. output_scale: factor on that of
+    the projections back into the residual stream.
     """
 
     kv_heads: int
     norm_offset: float
     qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
     post_norms: bool
-    cross: bool
+    cross: int | None
     attention_scale: float
     softcap: float | None
+    qk_norm: bool
+    relative_buckets: int | None
     query_std: float
     output_scale: float
 
@@ -46,11 +55,33 @@ class Sight(NamedTuple):
     bias: Float[Array, "#B H Q K"] | None
 
 
-class KeysValues(NamedTuple):
-    """Keys and values of one layer, `[B, K, Kh, E]` each."""
+class Bias(NamedTuple):
+    """Relative position bias of a stack: the same for all layers, or the buckets that each looks up in its own table.
 
-    keys: Float[Array, "B K Kh E"]
-    values: Float[Array, "B K Kh E"]
+    Both are None where positions are known otherwise.
+    """
+
+    shared: Float[Array, "#B H Q K"] | None
+    buckets: Int[Array, "#B Q K"] | None
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of one layer, `[B, K, Kh, E]` each, or of all."""
+
+    keys: Float[Array, "*N B K Kh E"]
+    values: Float[Array, "*N B K Kh E"]
+
+
+def remember(
+    cache: KeysValues, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, ""]
+) -> tuple[KeysValues, KeysValues]:
+    """Return the cache of all layers, `[N, B, C, Kh, E]`, with one slot of one layer written, and that layer's part.
+
+    A scan that carries the whole cache writes it in place: one slot is written, one layer read.
+    """
+    at = (layer, 0, slot, 0, 0)
+    written = [jax.lax.dynamic_update_slice(old, one[None], at) for old, one in zip(cache, new, strict=True)]
+    return KeysValues(*written), KeysValues(*(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in written))
 
 
 class Row(NamedTuple):
@@ -67,6 +98,30 @@ class Rotary(NamedTuple):
 
     cosine: Float[Array, "B L half"]
     sine: Float[Array, "B L half"]
+
+
+class View(NamedTuple):
+    """What all layers of a decoder know of their queries, in two kinds where some layers have a window.
+
+    seen, near: masks of layers that see everything and of those with a window; turn, near_turn: their rotary angles.
+    None for `near` and `near_turn`: as the others. Which kind a layer is of is an array, as in a scan over layers.
+    """
+
+    seen: Bool[Array, "B 1 Q K"]
+    near: Bool[Array, "B 1 Q K"] | None
+    turn: Rotary | None
+    near_turn: Rotary | None
+    bias: Bias
+
+    def mask_of(self, windowed: Bool[Array, ""]) -> Bool[Array, "B 1 Q K"]:
+        """Return one layer's mask."""
+        return self.seen if self.near is None else jnp.where(windowed, self.near, self.seen)
+
+    def turn_of(self, windowed: Bool[Array, ""]) -> Rotary | None:
+        """Return one layer's rotary angles."""
+        if self.turn is None or self.near_turn is None:
+            return self.turn
+        return Rotary(*(jnp.where(windowed, near, far) for near, far in zip(self.near_turn, self.turn, strict=True)))
 
 
 def prompt_row(tokens: Int[Array, "B S"], segments: Int[Array, "B S"], reference: Bool[Array, "B S"]) -> Row:
@@ -137,34 +192,96 @@ def normal(
     return nnx.Param(value.astype(config.param_dtype), axes=axes)
 
 
-class Projection(nnx.Module):
-    """y = einsum(equation, x, kernel) + bias, in the compute dtype."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """A linear map and how it starts.
 
-    def __init__(self, equation: str, kernel: nnx.Param[Array], bias: nnx.Param[Array] | None, config: ModelConfig):
-        """Take over the parameters."""
-        self.kernel = kernel
-        self.equation = equation
-        self.dtype = config.dtype
-        if bias is not None:
-            self.bias = bias
-        self.has_bias = bias is not None
+    name: one of `lora.TARGETS`. shape, axes: of the kernel, its inputs first, of which there are `inputs` axes.
+    std: standard deviation of the kernel at the start. bias: whether it has one, which starts at 0.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    inputs: int
+    std: float
+    bias: bool
+
+
+class Projection(nnx.Module):
+    """y = x W + bias, and where the config has an adapter for it, + s (x A) B; in the compute dtype.
+
+    The adapter's matrices lie beside the kernel as `lora_a` and `lora_b`: A is uniform in +- fan_in^-1/2 at the start,
+    B is 0. W + s A B never exists, nor does its gradient. A frozen kernel may be stored as integers, with a leaf
+    `kernel_scale` beside it (`models/quantised.py`).
+    """
+
+    def __init__(self, key: jax.Array, linear: Linear, config: ModelConfig):
+        """Draw the kernel; an adapter has a key of its own, so that the kernel is the same with and without."""
+        shape, axes, inputs = linear.shape, linear.axes, linear.inputs
+        self.kernel = normal(key, shape, axes, linear.std, config)
+        self.quantised = config.quantises(linear.name)
+        if self.quantised:
+            values, scale = quantise_kernel(self.kernel[...], tuple(range(inputs)))
+            self.kernel, self.kernel_scale = nnx.Param(values, axes=axes), nnx.Param(scale, axes=axes)
+        self.inputs, self.dtype, self.has_bias = inputs, config.dtype, linear.bias
+        if linear.bias:
+            self.bias = nnx.Param(jnp.zeros(shape[inputs:], config.param_dtype), axes=axes[inputs:])
+        lora = config.lora if config.adapts(linear.name) else None
+        self.scale = None if lora is None else lora.scale
+        if lora is not None:
+            bound = math.prod(shape[:inputs]) ** -0.5
+            a_key, a_shape = jax.random.fold_in(key, 1), (*shape[:inputs], lora.rank)
+            a = jax.random.uniform(a_key, a_shape, jnp.float32, -bound, bound)
+            b = jnp.zeros((lora.rank, *shape[inputs:]), jnp.float32)
+            self.lora_a = nnx.Param(a, axes=(*axes[:inputs], "lora"))
+            self.lora_b = nnx.Param(b, axes=("lora", *axes[inputs:]))
 
     def __call__(self, x: Float[Array, "B L ..."]) -> Float[Array, "B L ..."]:
         """Project."""
-        y = jnp.einsum(self.equation, x, self.kernel[...].astype(self.dtype))
-        return y + self.bias[...].astype(self.dtype)[None, None] if self.has_bias else y
+        if self.quantised:
+            y = product(x.astype(self.dtype), Quantised(self.kernel[...], self.kernel_scale[...]), self.inputs)
+        else:
+            y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), self.inputs)
+        if self.has_bias:
+            y = y + self.bias[...].astype(self.dtype)[None, None]
+        if self.scale is None:
+            return y
+        low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), self.inputs)
+        return y + self.scale * jnp.tensordot(low, self.lora_b[...].astype(self.dtype), 1)
+
+    def merged(self) -> Float[Array, "..."]:
+        """Return W + s A B, as large as W, in the parameters' dtype."""
+        kernel = self.kernel[...]
+        if self.scale is None:
+            return kernel
+        update = jnp.tensordot(self.lora_a[...], self.lora_b[...], 1, preferred_element_type=jnp.float32)
+        return (kernel + self.scale * update).astype(kernel.dtype)
+
+
+def output_head(key: jax.Array, config: ModelConfig) -> nnx.Param[Array] | Projection:
+    """Return the output matrix of an untied model, drawn with std D^-1/2: with an adapter, a projection."""
+    shape, axes, std = (config.width, config.vocab_size), ("embed", "vocab"), config.width**-0.5
+    if not config.adapts("head"):
+        return normal(key, shape, axes, std, config)
+    return Projection(key, Linear(name="head", shape=shape, axes=axes, inputs=1, std=std, bias=False), config)
+
+
+def output_matrix(head: nnx.Param[Array] | Projection) -> Float[Array, "D V"]:
+    """Return the matrix from hidden states to logits; with an adapter that is W + s A B, one product `[D, V]`."""
+    return head.merged() if isinstance(head, Projection) else head[...]
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm whose weight is `scale + offset` and 1 at the start."""
 
-    def __init__(self, config: ModelConfig, offset: float):
+    def __init__(self, width: int, config: ModelConfig, offset: float):
         """Create the weights."""
-        value = jnp.full((config.width,), 1.0 - offset, config.param_dtype)
+        value = jnp.full((width,), 1.0 - offset, config.param_dtype)
         self.scale = nnx.Param(value, axes=("norm",))
         self.offset, self.eps = offset, config.norm_eps
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Float[Array, "B L ..."]) -> Float[Array, "B L ..."]:
         """Normalise the last axis."""
         return norm.rms_norm(x, self.scale[...].astype(jnp.float32) + self.offset, self.eps)
 
@@ -199,32 +316,43 @@ class Embedding(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention with grouped key/value heads, in three steps so that a cache can come in between."""
 
-    def __init__(self, key: jax.Array, config: ModelConfig, block: BlockConfig):
-        """Draw query (std `query_std`), key and value (std D^-1/2) and out (std (H E)^-1/2 `output_scale`)."""
+    def __init__(self, key: jax.Array, config: ModelConfig, block: BlockConfig, source: int):
+        """Draw query (std `query_std`), key and value (std D^-1/2) and out (std (H E)^-1/2 `output_scale`).
+
+        `source` is the width of what keys and values are made of.
+        """
         keys = jax.random.split(key, 4)
         self.block = block
-        self.query = self._input(keys[0], config, "heads", config.heads, block.query_std)
-        self.key = self._input(keys[1], config, "kv_heads", block.kv_heads, config.width**-0.5)
-        self.value = self._input(keys[2], config, "kv_heads", block.kv_heads, config.width**-0.5)
-        inner = config.heads * config.head_dim
-        shape, axes = (config.heads, config.head_dim, config.width), ("heads", "head_dim", "embed")
-        kernel = normal(keys[3], shape, axes, block.output_scale * inner**-0.5, config)
-        self.out = Projection("blhe,hed->bld", kernel, None, config)
+        shape, known = (config.width, config.heads, config.head_dim), (source, block.kv_heads, config.head_dim)
+        self.query = self._input("query", keys[0], config, shape, block.query_std)
+        self.key = self._input("key", keys[1], config, known, source**-0.5)
+        self.value = self._input("value", keys[2], config, known, source**-0.5)
+        out = Linear(
+            name="out",
+            shape=(config.heads, config.head_dim, config.width),
+            axes=("heads", "head_dim", "embed"),
+            inputs=2,
+            std=block.output_scale * (config.heads * config.head_dim) ** -0.5,
+            bias=block.out_bias,
+        )
+        self.out = Projection(keys[3], out, config)
+        if block.qk_norm:
+            self.query_norm = RMSNorm(config.head_dim, config, block.norm_offset)
+            self.key_norm = RMSNorm(config.head_dim, config, block.norm_offset)
 
-    def _input(self, key: jax.Array, config: ModelConfig, axis: str, heads: int, std: float) -> Projection:
-        kernel = normal(key, (config.width, heads, config.head_dim), ("embed", axis, "head_dim"), std, config)
-        zeros = jnp.zeros((heads, config.head_dim), config.param_dtype)
-        bias = nnx.Param(zeros, axes=(axis, "head_dim")) if self.block.qkv_bias else None
-        return Projection("bld,dhe->blhe", kernel, bias, config)
+    def _input(self, name: str, key: jax.Array, config: ModelConfig, shape: tuple[int, ...], std: float) -> Projection:
+        axes = ("embed", "heads" if name == "query" else "kv_heads", "head_dim")
+        linear = Linear(name=name, shape=shape, axes=axes, inputs=1, std=std, bias=self.block.qkv_bias)
+        return Projection(key, linear, config)
 
     def queries(self, x: Float[Array, "B Q D"], turn: Rotary | None) -> Float[Array, "B Q H E"]:
-        """Return the queries, turned to their positions."""
-        queries = self.query(x)
+        """Return the queries, normalised where that is done, turned to their positions."""
+        queries = self.query_norm(self.query(x)) if self.block.qk_norm else self.query(x)
         return queries if turn is None else rotary.apply(queries, *turn)
 
     def keys_values(self, x: Float[Array, "B K D"], turn: Rotary | None) -> KeysValues:
-        """Return keys, turned to their positions, and values."""
-        keys = self.key(x)
+        """Return keys, normalised and turned like queries, and values."""
+        keys = self.key_norm(self.key(x)) if self.block.qk_norm else self.key(x)
         return KeysValues(keys if turn is None else rotary.apply(keys, *turn), self.value(x))
 
     def read(self, queries: Float[Array, "B Q H E"], known: KeysValues, sight: Sight) -> Float[Array, "B Q D"]:
@@ -240,18 +368,32 @@ class Attention(nnx.Module):
         return self.out(found)
 
 
+class RelativeBias(nnx.Module):
+    """One learned number per bucket of relative position and head, added to the attention scores."""
+
+    def __init__(self, key: jax.Array, config: ModelConfig, buckets: int):
+        """Draw the table with std D^-1/2."""
+        self.table = normal(key, (buckets, config.heads), ("buckets", "heads"), config.width**-0.5, config)
+
+    def __call__(self, buckets: Int[Array, "#B Q K"]) -> Float[Array, "#B H Q K"]:
+        """Return the bias, of which `ops.relative_bias.bucket` gave the buckets."""
+        return jnp.moveaxis(jnp.take(self.table[...].astype(jnp.float32), buckets, axis=0), 3, 1)
+
+
 class FeedForward(nnx.Module):
     """down(act(gate(x)) * up(x)), or down(act(up(x))) when not gated."""
 
     def __init__(self, key: jax.Array, config: ModelConfig, block: BlockConfig):
         """Draw gate and up (std D^-1/2) and down (std F^-1/2 `output_scale`)."""
         keys = jax.random.split(key, 3)
-        shape, axes, std = (config.width, config.mlp), ("embed", "mlp"), config.width**-0.5
+        shape, axes, bias = (config.width, config.mlp), ("embed", "mlp"), block.mlp_bias
+        inner = Linear(name="up", shape=shape, axes=axes, inputs=1, std=config.width**-0.5, bias=bias)
         if config.gated:
-            self.gate = Projection("bld,df->blf", normal(keys[0], shape, axes, std, config), None, config)
-        self.up = Projection("bld,df->blf", normal(keys[1], shape, axes, std, config), None, config)
-        down = normal(keys[2], shape[::-1], axes[::-1], block.output_scale * config.mlp**-0.5, config)
-        self.down = Projection("blf,fd->bld", down, None, config)
+            self.gate = Projection(keys[0], dataclasses.replace(inner, name="gate"), config)
+        self.up = Projection(keys[1], inner, config)
+        std = block.output_scale * config.mlp**-0.5
+        down = Linear(name="down", shape=shape[::-1], axes=axes[::-1], inputs=1, std=std, bias=bias)
+        self.down = Projection(keys[2], down, config)
         self.config = config
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
@@ -262,8 +404,8 @@ class FeedForward(nnx.Module):
 
 
 def _activate(name: str, x: Array) -> Array:
-    if name == "gelu_tanh":
-        return jax.nn.gelu(x, approximate=True)
+    if name in ("gelu", "gelu_tanh"):
+        return jax.nn.gelu(x, approximate=name == "gelu_tanh")
     return jax.nn.silu(x) if name == "silu" else jax.nn.relu(x)
 
 
@@ -272,9 +414,9 @@ class Sublayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, block: BlockConfig):
         """Create the norms."""
-        self.before = RMSNorm(config, block.norm_offset)
+        self.before = RMSNorm(config.width, config, block.norm_offset)
         if block.post_norms:
-            self.after = RMSNorm(config, block.norm_offset)
+            self.after = RMSNorm(config.width, config, block.norm_offset)
         self.rate, self.has_after = config.dropout, block.post_norms
 
     def add(self, x: Float[Array, "B L D"], y: Float[Array, "B L D"], key: jax.Array | None) -> Float[Array, "B L D"]:
@@ -294,14 +436,20 @@ class Block(nnx.Module):
 
     def __init__(self, key: jax.Array, config: ModelConfig, block: BlockConfig):
         """Create the sublayers."""
-        keys = jax.random.split(key, 3)
+        keys = jax.random.split(key, 4)
         self.attention_norms = Sublayer(config, block)
-        self.attention = Attention(keys[0], config, block)
-        if block.cross:
+        self.attention = Attention(keys[0], config, block, config.width)
+        if block.cross is not None:
             self.cross_norms = Sublayer(config, block)
-            self.cross = Attention(keys[1], config, block)
+            self.cross = Attention(keys[1], config, block, block.cross)
         self.mlp_norms = Sublayer(config, block)
         self.mlp = FeedForward(keys[2], config, block)
+        if block.relative_buckets is not None:
+            self.relative_bias = RelativeBias(keys[3], config, block.relative_buckets)
+
+    def sight(self, mask: Bool[Array, "#B 1 Q K"], bias: Bias) -> Sight:
+        """Return what the layer's queries see, with the bias of this layer's own table where it has one."""
+        return Sight(mask, bias.shared if bias.buckets is None else self.relative_bias(bias.buckets))
 
     def look(self, x: Float[Array, "B L D"], turn: Rotary | None) -> tuple[Float[Array, "B L H E"], KeysValues]:
         """Return the queries, and the keys and values, of the layer's inputs."""
@@ -324,14 +472,6 @@ class Block(nnx.Module):
             queries = self.cross.queries(self.cross_norms.before(x), None)
             x = self.cross_norms.add(x, self.cross.read(queries, cross.known, cross.sight), keys[1])
         return self.mlp_norms.add(x, self.mlp(self.mlp_norms.before(x)), keys[2])
-
-
-def logits(
-    hidden: Float[Array, "B D"], head: Float[Array, "D V"], scale: float, softcap: float | None
-) -> Float[Array, "B V"]:
-    """Return the float32 logits of a few positions (decoding); training uses `ops.logprob.token_scores`."""
-    raw = scale * jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
 def zero_padding(scores: TokenScores, segments: Int[Array, "B T"]) -> TokenScores:

@@ -24,6 +24,19 @@ def window(q_positions: Int[Array, "B Q"], k_positions: Int[Array, "B K"], size:
     return abs(q_positions[:, None, :, None] - k_positions[:, None, None, :]) < size
 
 
+def reach(
+    q_positions: Int[Array, "B Q"], k_positions: Int[Array, "B K"], before: int, after: int
+) -> Bool[Array, "B 1 Q K"]:
+    """Let a query see the keys at most `before` positions before its own and `after` behind it."""
+    distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
+    return (distance <= before) & (-distance <= after)
+
+
+def prefix(q_prefix: Bool[Array, "B Q"], k_prefix: Bool[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:
+    """Let the queries of a prefix see all of its keys, those after them too (join to `causal` by |)."""
+    return q_prefix[:, None, :, None] & k_prefix[:, None, None, :]
+
+
 def both(*masks: Bool[Array, "#B 1 #Q #K"] | None) -> Bool[Array, "#B 1 #Q #K"] | None:
     """Let a query see what every given mask lets it see; None shows everything and so falls out."""
     given = [mask for mask in masks if mask is not None]

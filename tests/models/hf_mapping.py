@@ -1,4 +1,4 @@
-"""Test-only: Hugging Face names and layouts -> this project's parameter trees."""
+"""Hugging Face names and layouts -> our parameter trees, written anew: what `models/convert` is compared with."""
 
 from __future__ import annotations
 

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 
 from pit_jax.core.types import Conditional, Prompts
-from pit_jax.models.decoder_only import DecoderOnly
+from pit_jax.models.convert.hf_load import load_hf
 from pit_jax.models.encoder_decoder import EncoderDecoder
 
 from . import hf_mapping
 
-WEIGHTS = Path(__file__).parent.parent / "data" / "weights"
+DATA = Path(__file__).parent.parent / "data"
+WEIGHTS, RECORDED = DATA / "weights", DATA / "hf"
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
-def test_decoder_only_equals_transformers(name: str) -> None:
-    hf, weights, reference = hf_mapping.load(WEIGHTS / name)
-    config = hf_mapping.decoder_only_config(hf)
-    lm, params = DecoderOnly(config), hf_mapping.decoder_only_params(config, weights)
-    ids, seen = jnp.asarray(reference["input_ids"]), reference["attention_mask"].astype(bool)
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "gemma2"])
+def test_scores_equal_transformers(name: str) -> None:
+    lm, params = load_hf(RECORDED / name)
+    reference = dict(np.load(RECORDED / name / "reference.npz"))
+    ids, seen = jnp.asarray(reference["input_ids"]), reference["attention_mask"]
     split = 3
     segments = jnp.asarray(seen, jnp.int32)
     x = Conditional(
@@ -35,41 +35,14 @@ def test_decoder_only_equals_transformers(name: str) -> None:
         response_segments=segments[:, split:],
     )
     scores = jax.jit(lm.logprobs)(params, x)
-    logits = jax.jit(lambda p, x: _full_logits(lm, p, x))(params, x)
-    np.testing.assert_allclose(logits[seen], reference["logits"][seen], atol=TOLERANCE, rtol=0)
     expected = jax.nn.log_softmax(reference["logits"])[:, split - 1 : -1]
     expected = np.take_along_axis(expected, np.asarray(x.response)[:, :, None], axis=2)[:, :, 0]
     np.testing.assert_allclose(scores.logp, np.where(seen[:, split:], expected, 0), atol=TOLERANCE, rtol=0)
 
 
-def _full_logits(lm: DecoderOnly, params, x: Conditional):
-    states = jnp.concatenate(lm.hidden(params, x, attention="causal"), axis=1)
-    return states @ (params["embedding"]["token"].T if lm.config.tied else params["head"])
-
-
-def test_gemma_layers_equal_transformers() -> None:
-    hf, weights, reference = hf_mapping.load(WEIGHTS / "gemma2")
-    config = hf_mapping.decoder_only_config(hf)
-    params = hf_mapping.decoder_only_params(config, weights)
-    params["final_norm"]["scale"] = jnp.zeros(config.width)
-    seen, stream = reference["attention_mask"].astype(bool), reference["stream"].astype(np.float64)
-    expected = stream / np.sqrt(np.mean(stream**2, axis=-1, keepdims=True) + config.norm_eps)
-    empty = jnp.zeros((len(seen), 0), jnp.int32)
-    x = Conditional(
-        prompt=jnp.asarray(reference["input_ids"]),
-        prompt_segments=jnp.asarray(seen, jnp.int32),
-        prompt_reference=jnp.zeros(seen.shape, bool),
-        response=empty,
-        response_segments=empty,
-    )
-    states = DecoderOnly(config).hidden(params, x, attention="causal").prompt
-    np.testing.assert_allclose(states[seen], expected[seen], atol=TOLERANCE, rtol=0)
-
-
-def test_decoder_only_decodes_transformers_logits() -> None:
-    hf, weights, reference = hf_mapping.load(WEIGHTS / "llama")
-    config = hf_mapping.decoder_only_config(hf)
-    lm, params = DecoderOnly(config), hf_mapping.decoder_only_params(config, weights)
+def test_decoding_gives_transformers_logits() -> None:
+    lm, params = load_hf(RECORDED / "llama3")
+    reference = dict(np.load(RECORDED / "llama3" / "reference.npz"))
     ids, split = jnp.asarray(reference["input_ids"])[:1], 5
     prompt = ids[:, :split]
     prompts = Prompts(tokens=prompt, mask=jnp.ones_like(prompt, bool), reference=jnp.zeros_like(prompt, bool))

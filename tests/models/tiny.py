@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
 from pit_jax.models.api import ConditionalLM
+from pit_jax.models.config import RopeScaling
 from pit_jax.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
@@ -24,8 +26,44 @@ WINDOWED = DecoderOnlyConfig(
 )
 T5 = EncoderDecoderConfig(**_SHAPE, encoder_layers=2, decoder_layers=2, relative_buckets=8, relative_max_distance=16)
 
-DECODERS = {"rotary": DecoderOnly(ROTARY), "learned": DecoderOnly(LEARNED), "windowed": DecoderOnly(WINDOWED)}
-MODELS = DECODERS | {"t5": EncoderDecoder(T5)}
+QWEN3 = DecoderOnlyConfig(
+    **_DECODER,
+    qk_norm=True,
+    out_bias=True,
+    mlp_bias=True,
+    activation="gelu",
+    rope_scaling=RopeScaling(kind="yarn", factor=4.0, original_max_positions=4, beta_fast=2.0, beta_slow=0.1),
+)
+GEMMA3 = DecoderOnlyConfig(
+    **_DECODER | dict(layers=3),
+    qk_norm=True,
+    post_norms=True,
+    norm_offset=1.0,
+    window=3,
+    global_layers=(1,),
+    local_rope_base=100.0,
+    rope_scaling=RopeScaling(kind="linear", factor=8.0),
+)
+T5X_DECODER = DecoderOnlyConfig(
+    **_DECODER,
+    position="relative",
+    relative_buckets=8,
+    relative_max_distance=16,
+    attention_scale=1.0,
+    scale_logits=True,
+    prefix_lm=True,
+)
+UMT5 = dataclasses.replace(T5, relative_per_layer=True, scale_logits=True, scan_layers=False)
+
+DECODERS = {
+    "rotary": DecoderOnly(ROTARY),
+    "learned": DecoderOnly(LEARNED),
+    "windowed": DecoderOnly(WINDOWED),
+    "qwen3": DecoderOnly(QWEN3),
+    "gemma3": DecoderOnly(GEMMA3),
+    "t5x_decoder": DecoderOnly(T5X_DECODER),
+}
+MODELS = DECODERS | {"t5": EncoderDecoder(T5), "umt5": EncoderDecoder(UMT5)}
 FAMILIES = ["rotary", "t5"]
 
 

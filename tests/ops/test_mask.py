@@ -36,6 +36,12 @@ def test_window_is_two_sided():
     np.testing.assert_array_equal(masks.window(Q_POSITIONS, K_POSITIONS, 2), want)
 
 
+def test_prefix_joins_what_lies_in_it():
+    queries, keys = Q_POSITIONS > 1, K_POSITIONS < 4
+    want = _table(lambda q, k: bool(q and k), queries, keys)
+    np.testing.assert_array_equal(masks.prefix(queries, keys), want)
+
+
 def test_both():
     causal, same = masks.causal(Q_POSITIONS, K_POSITIONS), masks.same_segment(Q_SEGMENTS, K_SEGMENTS)
     np.testing.assert_array_equal(masks.both(causal, None, same), np.asarray(causal) & np.asarray(same))

@@ -11,10 +11,13 @@ from pit_jax.models.config import ModelConfig
 from pit_jax.models.decoder_only import DecoderOnly, DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from pit_jax.models.presets.sizes import DECODER_ONLY, ENCODER_DECODER
+from pit_jax.models.presets.t5gemma import T5GEMMA
+from pit_jax.models.t5gemma import T5Gemma, T5GemmaConfig
 
 _FAMILIES = {
     "decoder_only": (DecoderOnlyConfig, DecoderOnly, DECODER_ONLY),
     "encoder_decoder": (EncoderDecoderConfig, EncoderDecoder, ENCODER_DECODER),
+    "t5gemma": (T5GemmaConfig, T5Gemma, T5GEMMA),
 }
 
 
@@ -52,4 +55,5 @@ def _family(config: ModelConfig) -> str:
         if isinstance(config, config_class):
             return family
     rule = f"be a config of one of the families {', '.join(_FAMILIES)}"
-    raise invalid("model config", config, rule, "Use DecoderOnlyConfig, EncoderDecoderConfig or preset().")
+    classes = ", ".join(config_class.__name__ for config_class, _, _ in _FAMILIES.values())
+    raise invalid("model config", config, rule, f"Use {classes} or preset().")

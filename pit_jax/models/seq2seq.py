@@ -1,0 +1,192 @@
+"""What all encoder-decoders are as conditional language models: they encode the prompt and decode the response."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
+from pit_jax.models import functional, layers
+from pit_jax.models.api import Attention
+from pit_jax.models.config import ModelConfig
+from pit_jax.ops import logprob
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(ModelConfig):
+    """Fields of every encoder-decoder.
+
+    encoder_layers, decoder_layers: N of each stack.
+    start_id: the token the decoder starts from.
+    """
+
+    encoder_layers: int
+    decoder_layers: int
+    start_id: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+          ConfigError: a field is out of range.
+        """
+        super().__post_init__()
+        self.check_at_least("encoder_layers", 1)
+        self.check_at_least("decoder_layers", 1)
+        if not 0 <= self.start_id < self.vocab_size:
+            raise self.bad("start_id", f"lie in [0, {self.vocab_size})", "T5 has the padding id, Gemma bos.")
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the logits, before they are capped."""
+        return 1.0
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Bound of the logits."""
+        return None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Seq2SeqCache:
+    """The decoder's keys and values, a slot per position, and those of the encoder's states.
+
+    Where both are looked at together (`T5GemmaConfig.merged_attention`) the prompt's come first in `keys` and `values`
+    and have no place of their own. `slot` counts the decoder's tokens.
+    """
+
+    keys: Float[Array, "N B C Kh E"]
+    values: Float[Array, "N B C Kh E"]
+    prompt_keys: Float[Array, "N B S Kh E"] | None
+    prompt_values: Float[Array, "N B S Kh E"] | None
+    prompt_mask: Bool[Array, "B S"]
+    slot: Int[Array, ""]
+
+
+class Seq2SeqNet(Protocol):
+    """The network behind a `Seq2Seq`."""
+
+    def output_matrix(self) -> Float[Array, "D V"]:
+        """Return the matrix from hidden states to logits."""
+        ...
+
+    def encode(self, row: layers.Row, key: jax.Array | None, *, contiguous: bool) -> Float[Array, "B L De"]:
+        """Return the encoder's states of a row; `contiguous` says that its segments are runs."""
+        ...
+
+    def decode(
+        self, prompt: layers.Row, encoded: Float[Array, "B S De"], inputs: layers.Row, key: jax.Array | None
+    ) -> Float[Array, "B T D"]:
+        """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses)."""
+        ...
+
+    def start(self, encoded: Float[Array, "B S De"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
+        """Return a cache with room for `slots` tokens."""
+        ...
+
+    def extend(self, cache: Seq2SeqCache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
+        """Return the states of one new token per row, and the cache that knows it."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2Seq:
+    """An encoder-decoder model as a `ConditionalLM`; families say which network it is."""
+
+    config: Seq2SeqConfig
+    net: ClassVar[Callable[[jax.Array, Any], Any]]
+
+    def init(self, key: jax.Array) -> Params:
+        """Return fresh parameters."""
+        return functional.initialise(self.net, self.config, key)
+
+    def abstract(self) -> Params:
+        """Return the parameters' shapes and dtypes."""
+        return functional.definition(self.net, self.config).shapes
+
+    def axes(self) -> Params:
+        """Return the parameters' logical axis names."""
+        return functional.definition(self.net, self.config).axes
+
+    def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
+        """Return final states: the encoder's of `[prompt | response]` when bidirectional, else of both stacks.
+
+        Causal: the encoder's states of the prompt, which see no response, and the decoder's states of the
+        response, each of which has seen the tokens before its own.
+        """
+        net = self._bind(params)
+        if attention == "bidirectional":
+            states = net.encode(layers.joint_row(x), key, contiguous=False)
+            return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
+        keys = (None, None) if key is None else jax.random.split(key)
+        prompt = layers.prompt_row(x.prompt, x.prompt_segments, x.prompt_reference)
+        encoded = net.encode(prompt, keys[0], contiguous=True)
+        response = layers.response_row(x.response, x.response_segments)
+        inputs = layers.shift_right(response, self.config.start_id)
+        return Hidden(encoded, net.decode(prompt, encoded, inputs, keys[1]))
+
+    def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """Return the decoder's states, each of which predicts the token at its place."""
+        return self.hidden(params, x, key, attention="causal").response
+
+    def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
+        """Return the scores of each response token."""
+        scores = logprob.token_scores(
+            self.predictors(params, x, key),
+            self._bind(params).output_matrix(),
+            x.response,
+            chunk=self.config.logprob_chunk,
+            softcap=self.config.logit_cap,
+            scale=self.config.logit_scale,
+        )
+        return layers.zero_padding(scores, x.response_segments)
+
+    def logits(
+        self,
+        params: Params,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        decoder_tokens: Int[Array, "B T"],
+    ) -> Float[Array, "B T V"]:
+        """Return the float32 logits after each of the decoder's tokens, all of V at once: for inspection and parity.
+
+        Args:
+          params: the parameters.
+          tokens: of the prompts, padded on either side.
+          mask: true where there is one.
+          decoder_tokens: what the decoder reads, its start token first; padding only at the end.
+        """
+        net = self._bind(params)
+        prompt = layers.prompt_row(tokens, mask.astype(jnp.int32), jnp.zeros_like(mask))
+        encoded = net.encode(prompt, None, contiguous=True)
+        inputs = layers.response_row(decoder_tokens, jnp.ones_like(decoder_tokens))
+        return self._logits(net, net.decode(prompt, encoded, inputs, None))
+
+    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], Seq2SeqCache]:
+        """Return the logits of the first new token, and the cache."""
+        net = self._bind(params)
+        row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
+        # One slot more than new tokens: the start token takes the first.
+        cache = net.start(net.encode(row, None, contiguous=True), prompts.mask, max_new + 1)
+        return self.step(params, cache, jnp.full(prompts.tokens.shape[:1], self.config.start_id, jnp.int32))
+
+    def step(
+        self, params: Params, cache: Seq2SeqCache, token: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B V"], Seq2SeqCache]:
+        """Append one token to every row and return the logits of the next; the work is linear in the cache."""
+        net = self._bind(params)
+        state, cache = net.extend(cache, token[:, None])
+        return self._logits(net, state), cache
+
+    def _bind(self, params: Params) -> Seq2SeqNet:
+        return functional.bind(self.net, self.config, params)
+
+    def _logits(self, net: Seq2SeqNet, states: Float[Array, "B *T D"]) -> Float[Array, "B *T V"]:
+        config = self.config
+        return logprob.logits(states, net.output_matrix(), softcap=config.logit_cap, scale=config.logit_scale)
