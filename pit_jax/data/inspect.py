@@ -17,6 +17,7 @@ from pit_jax.data.readers import Paths, ReadConfig, ReadReport, read_jsonl
 from pit_jax.data.schema import Record
 from pit_jax.data.views import DropReport, Example, make_examples
 from pit_jax.text.codec import Codec, PromptRow
+from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 
 _STYLES = {"prompt": "dim", "reference": "yellow", "trained": "bold green", "special": "magenta"}
 _BRACKETS = {"prompt": ("", ""), "reference": ("{{", "}}"), "trained": ("[[", "]]"), "special": ("", "")}
@@ -48,15 +49,18 @@ def pass_spans(part: Pass, codec: Codec) -> list[Span]:
 
 
 def _decoded(ids: Sequence[int], role: str, codec: Codec) -> list[Span]:
-    """Decode a stretch, with BOS and EOS, which have no text, written out."""
-    names = {codec.tokenizer.bos_id: "<bos>"} | dict.fromkeys(codec.eos_ids, "<eos>")
+    """Decode a stretch, with BOS, EOS and the marks of a chat template, which have no text, written out."""
+    tokenizer = codec.tokenizer
+    names: dict[int | None, str] = {tokenizer.bos_id: "<bos>"} | dict.fromkeys(codec.eos_ids, "<eos>")
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        names |= tokenizer.special_tokens()
     spans: list[Span] = []
     start = 0
     for at, token in enumerate((*ids, None)):
         if token is not None and token not in names:
             continue
         if at > start:
-            spans.append(Span(codec.tokenizer.decode(ids[start:at]), role))
+            spans.append(Span(tokenizer.decode(ids[start:at]), role))
         if token is not None:
             spans.append(Span(names[token], role if role == "trained" else "special"))
         start = at + 1

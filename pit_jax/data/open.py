@@ -23,6 +23,7 @@ from pit_jax.data.views import DropReport, Example, fold_for, lm_examples, make_
 from pit_jax.data.views import view as view_named
 from pit_jax.io.files import json_hash
 from pit_jax.io.serialize import to_json
+from pit_jax.text.chat_template import TemplateChat
 from pit_jax.text.codec import Codec
 
 RECORDS = "records"
@@ -46,7 +47,7 @@ class DataSpec:
       generator: a function that returns raw records, or its import path, such as "pit_jax.data.synthetic:generate".
       config: what the generator is called with; None calls it without arguments.
       folds: how the groups of files and generators are dealt out.
-      read: how files are read.
+      read: how files are read; a cache of prompts that a chat template wrote is opened with the same one.
       document: whether a document of a plain text file (view `lm`) is a line or the whole file.
       window: number of examples that are shuffled together; all of them if it is at least as large as the data.
     """
@@ -102,7 +103,7 @@ def open_blocks(spec: DataSpec, *, view: str, split: Split, codec: Codec) -> Blo
       DataError: the data cannot be read, or hold no example of the view.
     """
     if spec.cache:
-        return cache.CacheBlocks(_open_cache(spec.cache, view, split, codec))
+        return cache.CacheBlocks(_open_cache(spec, view, split, codec))
     reports = [DropReport()]
 
     def opened() -> Iterator[Example]:
@@ -135,9 +136,10 @@ def iterate_examples(spec: DataSpec, *, view: str, split: Split, codec: Codec, r
 
     Raises:
       DataError: the data cannot be read.
+      ConfigError: a chat template writes the prompts, but the codec's templates are not its own.
     """
     if spec.cache:
-        cached = _open_cache(spec.cache, view, split, codec)
+        cached = _open_cache(spec, view, split, codec)
         report.kept += len(cached)
         report.dropped.update(cached.metadata.dropped)
         yield from cached
@@ -153,6 +155,8 @@ def iterate_examples(spec: DataSpec, *, view: str, split: Split, codec: Codec, r
             report.kept += 1
             yield example
     else:
+        if isinstance(spec.read.chat, TemplateChat) and not spec.task:
+            spec.read.chat.check(codec.templates)
         yield from make_examples(view, open_records(spec, split, fold=fold_for(view)), codec, report)
 
 
@@ -167,7 +171,8 @@ def open_records(spec: DataSpec, split: Split, *, fold: Fold | None = None) -> I
     elif spec.cache:
         if fold is not None:
             raise DataError("A cache of records does not know the folds. Read all of the split, or a view's cache.")
-        for fields in cache.open_cache(_place(spec.cache, RECORDS, split), view=RECORDS, split=split, codec=""):
+        place = _place(spec.cache, RECORDS, split)
+        for fields in cache.open_cache(place, view=RECORDS, split=split, codec=_cache_key(spec, RECORDS, None)):
             yield Record(**fields)
     elif spec.validation_path:
         for record in _all_records(spec, split):
@@ -216,10 +221,10 @@ def write_view_cache(
     report = DropReport()
     if view == RECORDS:
         examples: Iterator[Mapping[str, Any]] = map(dataclasses.asdict, open_records(spec, split))
-        codec_key = tokenizer = ""
+        codec_key, tokenizer = _cache_key(spec, view, None), ""
     else:
         examples = iterate_examples(spec, view=view, split=split, codec=codec, report=report)
-        codec_key, tokenizer = view_fingerprint(codec, view), codec.tokenizer.fingerprint()
+        codec_key, tokenizer = _cache_key(spec, view, codec), codec.tokenizer.fingerprint()
     metadata = cache.CacheMetadata(view=view, split=split, codec=codec_key, tokenizer=tokenizer, dropped=report.dropped)
     return cache.write_cache(examples, _place(directory, view, split), metadata, overwrite=overwrite)
 
@@ -240,11 +245,20 @@ def view_fingerprint(codec: Codec, view: str) -> str:
     return json_hash(used)[:16]
 
 
+def _cache_key(spec: DataSpec, view: str, codec: Codec | None) -> str:
+    """Return a hash of what a cache depends on: the codec, if it holds tokens, and the chat template of the prompts."""
+    key = "" if codec is None else view_fingerprint(codec, view)
+    chat = spec.read.chat
+    return key if view == "lm" or not isinstance(chat, TemplateChat) else f"{key}-chat-{chat.fingerprint()}"
+
+
 def _place(root: str | os.PathLike[str], view: str, split: str) -> Path:
     return Path(root) / view / split
 
 
-def _open_cache(root: str, view: str, split: str, codec: Codec) -> cache.CachedExamples:
+def _open_cache(spec: DataSpec, view: str, split: str, codec: Codec) -> cache.CachedExamples:
+    root = spec.cache
+    assert root
     if view != "lm":
         view_named(view)
     if not Path(root).is_dir():
@@ -256,7 +270,7 @@ def _open_cache(root: str, view: str, split: str, codec: Codec) -> cache.CachedE
             f"the cache {root} has no {view}/{split}. It holds {', '.join(held) or 'nothing'}. Add it with "
             "`pit-jax cache`."
         )
-    return cache.open_cache(place, view=view, split=split, codec=view_fingerprint(codec, view))
+    return cache.open_cache(place, view=view, split=split, codec=_cache_key(spec, view, codec))
 
 
 def _import_tasks(spec: DataSpec) -> None:
@@ -301,7 +315,9 @@ def _all_records(spec: DataSpec, split: Split) -> Sequence[Record]:
             stamps.append((str(file), stat.length, stat.mtime))
     # Two functions may have the same name; the request keeps the function alive, so its id is not used again.
     identity = id(spec.generator) if callable(spec.generator) else 0
-    return _load(_Request(spec, split, json_hash([to_json(spec), identity, split, stamps])))
+    return _load(
+        _Request(spec, split, json_hash([to_json(spec), identity, split, stamps, spec.read.chat.fingerprint()]))
+    )
 
 
 @dataclasses.dataclass(frozen=True)

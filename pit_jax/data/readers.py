@@ -19,6 +19,7 @@ from etils import epath
 from pit_jax.core.errors import DataError, invalid, nearest
 from pit_jax.data.schema import Document, Record, content_hash, parse
 from pit_jax.text.chat import ChatFormat
+from pit_jax.text.chat_template import TemplateChat
 
 OnBadRecord = Literal["fail", "skip"]
 ByteStream = IO[bytes] | gzip.GzipFile | lzma.LZMAFile
@@ -33,12 +34,13 @@ class ReadConfig:
     Attributes:
       on_bad_record: "fail" stops at the first line that cannot be used, "skip" counts it and goes on.
       max_line_bytes: a longer line is a bad record; it is never held in memory.
-      chat: how dialogues are written.
+      chat: how prompts are written: a `ChatFormat` (words before each turn), or a `TemplateChat` (a model's own chat
+        template).
     """
 
     on_bad_record: OnBadRecord = "fail"
     max_line_bytes: int = 10_000_000
-    chat: ChatFormat = ChatFormat()
+    chat: ChatFormat | TemplateChat = ChatFormat()
 
     def __post_init__(self) -> None:
         """Check both settings."""

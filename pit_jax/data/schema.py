@@ -5,8 +5,9 @@
     3  messages            {"prompt": [{role, content}, ...], "chosen": [message], "rejected": [message]}
     4  messages, implicit  {"chosen": [message, ...], "rejected": [message, ...]}
 
-`id` and `group` are optional; further fields are ignored. Prompts are kept as they are, to the last space; replies
-are stripped of white space at both ends, because sources differ there and a model would learn the difference.
+`id` and `group` are optional; further fields are ignored, but tools are refused. How prompts are written is a setting
+(`text.chat.Chat`): a text is kept as it is, to the last space, or written by a model's chat template; replies are
+stripped of white space at both ends, because sources differ there and a model would learn the difference.
 A dialogue is cut at its *last* assistant turn, never where the two dialogues happen to part: replies often begin
 alike.
 """
@@ -16,10 +17,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pit_jax.core.errors import DataError
-from pit_jax.text.chat import ChatFormat, check_messages, render, render_prompt
+from pit_jax.text.chat import Chat, ChatFormat, Message, as_plain, check_messages, render, render_prompt
 
 _FIELDS = ("prompt", "chosen", "rejected", "id", "group")
 
@@ -63,12 +64,12 @@ def default_group(prompt: str, chat: ChatFormat) -> str:
     return content_hash(first.strip())
 
 
-def parse(raw: Mapping[str, object], chat: ChatFormat = ChatFormat()) -> Record:  # noqa: B008 (frozen)
+def parse(raw: Mapping[str, object], chat: Chat = ChatFormat()) -> Record:  # noqa: B008 (frozen)
     """Return the record of one raw object of any of the four shapes.
 
     Args:
       raw: the object, for example a parsed line of JSON.
-      chat: how messages are written as text, and where a dialogue is cut.
+      chat: how prompts are written, and where a dialogue that is given as text is cut.
     Raises:
       DataError: a field is missing, empty or of the wrong type, or the two dialogues have different prompts.
     """
@@ -76,12 +77,14 @@ def parse(raw: Mapping[str, object], chat: ChatFormat = ChatFormat()) -> Record:
         if raw.get(field) is None:
             hint = _misspelt(field, raw)
             raise DataError(f"field {field!r} is missing.{hint} A preference needs `chosen` and `rejected`.")
+    if raw.get("tools"):
+        raise DataError("field 'tools' is given, but tools are not supported. Remove the record.")
     if raw.get("prompt") is None:
-        prompt, chosen, rejected = _implicit(raw["chosen"], raw["rejected"], chat)
+        asked, chosen, rejected = _implicit(raw["chosen"], raw["rejected"], chat.text)
     else:
-        prompt = _prompt(raw["prompt"], chat)
+        asked = _prompt(raw["prompt"], chat.text)
         chosen, rejected = (_reply(raw[field], field) for field in ("chosen", "rejected"))
-    texts = {"prompt": prompt, "chosen": chosen.strip(), "rejected": rejected.strip()}
+    texts = {"prompt": asked.written(chat), "chosen": chosen.strip(), "rejected": rejected.strip()}
     for field, text in texts.items():
         if not text.strip():
             raise DataError(f"field {field!r} is empty. Remove the record.")
@@ -89,7 +92,7 @@ def parse(raw: Mapping[str, object], chat: ChatFormat = ChatFormat()) -> Record:
             raise DataError(f"field {field!r} holds half a surrogate pair, which is no character. Mend its escapes.")
     return Record(
         id=_label(raw, "id") or content_hash(*texts.values()),
-        group=_label(raw, "group") or default_group(prompt, chat),
+        group=_label(raw, "group") or default_group(asked.text, chat.text),
         **texts,
     )
 
@@ -111,15 +114,29 @@ def _label(raw: Mapping[str, object], field: str) -> str:
     return str(value)
 
 
-def _prompt(value: object, chat: ChatFormat) -> str:
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """A prompt before it is written: as text in the form of dialogues, and as the messages it was given by, if so."""
+
+    text: str
+    messages: Sequence[Message] | None = None
+
+    def written(self, chat: Chat) -> str:
+        """Return the prompt as a model is to read it."""
+        if not self.text.strip():
+            raise DataError("field 'prompt' is empty. Remove the record.")
+        return chat.text_prompt(self.text) if self.messages is None else chat.prompt(self.messages)
+
+
+def _prompt(value: object, form: ChatFormat) -> _Asked:
     if isinstance(value, str):
-        return value
+        return _Asked(value)
     if not isinstance(value, list):
         raise DataError(f"field 'prompt' must be a text or a list of messages, not {type(value).__name__}. Change it.")
     messages = check_messages(value, "prompt")
-    if chat.prefix(messages[-1]["role"]) == chat.assistant:
+    if as_plain(messages[-1]["role"]) == "assistant":
         raise DataError("field 'prompt' ends with an assistant's message. Move it to `chosen` and `rejected`.")
-    return render_prompt(messages, chat)
+    return _Asked(render_prompt(messages, form), messages)
 
 
 def _reply(value: object, field: str) -> str:
@@ -138,11 +155,12 @@ def _reply(value: object, field: str) -> str:
     return messages[0]["content"]
 
 
-def _implicit(chosen: object, rejected: object, chat: ChatFormat) -> tuple[str, str, str]:
+def _implicit(chosen: object, rejected: object, form: ChatFormat) -> tuple[_Asked, str, str]:
     """Return (prompt, chosen reply, rejected reply) of two whole dialogues."""
-    (prompt, better), (other, worse) = (
-        _cut_dialogue(value, field, chat) for value, field in ((chosen, "chosen"), (rejected, "rejected"))
+    (asked, better), (second, worse) = (
+        _cut_dialogue(value, field, form) for value, field in ((chosen, "chosen"), (rejected, "rejected"))
     )
+    prompt, other = asked.text, second.text
     if prompt != other:
         at = next((n for n, pair in enumerate(zip(prompt, other, strict=False)) if pair[0] != pair[1]), 0)
         at = at or min(len(prompt), len(other))
@@ -151,10 +169,10 @@ def _implicit(chosen: object, rejected: object, chat: ChatFormat) -> tuple[str, 
             f"{at}: {prompt[at : at + 30]!r} against {other[at : at + 30]!r}. "
             "Give an explicit `prompt`, or remove the record."
         )
-    return prompt, better, worse
+    return asked, better, worse
 
 
-def _cut_dialogue(value: object, field: str, chat: ChatFormat) -> tuple[str, str]:
+def _cut_dialogue(value: object, field: str, chat: ChatFormat) -> tuple[_Asked, str]:
     """Return a dialogue up to its last assistant turn (that turn's cue included), and that turn."""
     if isinstance(value, list):
         messages = check_messages(value, field)
@@ -163,7 +181,8 @@ def _cut_dialogue(value: object, field: str, chat: ChatFormat) -> tuple[str, str
                 f"field {field!r} must end with an assistant's message after at least one other. "
                 "Give whole dialogues, or an explicit `prompt`."
             )
-        return render(messages[:-1], chat) + chat.cue, messages[-1]["content"]
+        before = messages[:-1]
+        return _Asked(render(before, chat) + chat.cue, before), messages[-1]["content"]
     if not isinstance(value, str):
         raise DataError(f"field {field!r} must be a text or a list of messages, not {type(value).__name__}. Change it.")
     before, cue, reply = value.rpartition(chat.cue)
@@ -172,4 +191,4 @@ def _cut_dialogue(value: object, field: str, chat: ChatFormat) -> tuple[str, str
             f"there is no `prompt`, and {field!r} is no dialogue: it has no {chat.cue!r}. "
             f"Give an explicit `prompt`, or dialogues in the form {chat.user + '...' + chat.assistant + '...'!r}."
         )
-    return before + cue, reply
+    return _Asked(before + cue), reply

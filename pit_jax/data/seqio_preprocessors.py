@@ -25,6 +25,7 @@ from pit_jax.data.folds import Fold, Folds
 from pit_jax.data.readers import ReadConfig
 from pit_jax.data.schema import Record, parse
 from pit_jax.data.seqio_runtime import marked, tf
+from pit_jax.data.seqio_vocabulary import check_padding
 from pit_jax.text.codec import Codec, Lengths
 
 RECORD_FIELDS = ("id", "group", "prompt", "chosen", "rejected")
@@ -126,7 +127,10 @@ def tokenize_view(
       report: counts what was made and dropped; the log tells it as well.
     Raises:
       ConfigError: `sequence_length` leaves no room for a prompt.
+      DataError: there is a `sequence_length`, so SeqIO makes batches, but the tokenizer's id 0 is text.
     """
+    if sequence_length:
+        check_padding(codec.tokenizer)
     features = views.view(view).features
     codec = narrowed(codec, view, sequence_length or {})
     report = views.DropReport() if report is None else report

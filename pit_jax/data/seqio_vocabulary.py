@@ -7,8 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from pit_jax.core.errors import DataError
 from pit_jax.data.seqio_runtime import seqio, tf
 from pit_jax.text.tokenizer import Tokenizer
+
+
+def check_padding(tokenizer: Tokenizer) -> None:
+    """Refuse a tokenizer whose id 0 is text where SeqIO or T5X make batches: they pad with 0 and do not train on it.
+
+    pit_jax itself reads tasks without SeqIO's batches, and pads with the tokenizer's own id.
+
+    Raises:
+      DataError: id 0 is neither padding nor a special token.
+    """
+    text = tokenizer.decode([0])
+    if tokenizer.pad_id != 0 and text:
+        raise DataError(
+            f"SeqIO and T5X pad with 0 and train on no token 0, but in this tokenizer it is {text!r} and padding is "
+            f"{tokenizer.pad_id}. Train with pit_jax, or use a tokenizer whose id 0 is padding."
+        )
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
@@ -16,7 +33,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     Two are equal when their tokenizers have the same fingerprint. (SeqIO's own SentencePiece vocabulary compares
     paths, so that a copy of a model counts as another vocabulary, and T5X then refuses to train.)
-    SeqIO and T5X pad with 0 and take the first end-of-sequence id only.
+    SeqIO and T5X pad with 0 (see `check_padding`) and take the first end-of-sequence id only.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

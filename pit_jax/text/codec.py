@@ -11,6 +11,7 @@ import numpy as np
 
 from pit_jax.core.errors import DataError, invalid
 from pit_jax.core.types import Prompts
+from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 from pit_jax.text.template import Literally, PromptKind, Templates
 from pit_jax.text.tokenizer import Tokenizer
 
@@ -89,7 +90,7 @@ class Codec:
 
     def prompt_ids(self, text: str) -> tuple[int, ...]:
         """Return the last `prompt_room` ids of a prompt, without template."""
-        return tuple(self.tokenizer.encode(text)[-self.prompt_room :])
+        return self._fit(self.tokenizer.encode(text))
 
     def response_ids(self, text: str) -> tuple[int, ...]:
         """Return the ids of a response, ending with EOS.
@@ -137,12 +138,12 @@ class Codec:
         reference = 0 if kind == "policy" else self.lengths.targets - 1
         return self.prompt_room + reference + self._overhead(kind)
 
-    @functools.cached_property
-    def _literals(self) -> dict[str, tuple[int, ...]]:
-        pieces = (piece for kind in ("policy", "improver", "gap") for piece in self.templates.pieces(kind))
-        return {
-            piece.text: tuple(self.tokenizer.encode(piece.text)) for piece in pieces if isinstance(piece, Literally)
-        }
+    def _literal(self, text: str, *, first: bool) -> tuple[int, ...]:
+        tokenizer = self.tokenizer
+        # A piece that follows another must not get the space that some tokenizers put before the first word of a text.
+        if not first and isinstance(tokenizer, HuggingFaceTokenizer):
+            return tuple(tokenizer.encode_rest(text))
+        return tuple(tokenizer.encode(text))
 
     @functools.cached_property
     def _parts(self) -> dict[str, tuple[tuple[int, ...] | str, ...]]:
@@ -152,8 +153,8 @@ class Codec:
         return {
             kind: start
             + tuple(
-                self._literals[piece.text] if isinstance(piece, Literally) else piece.name
-                for piece in self.templates.pieces(kind)
+                self._literal(piece.text, first=n == 0) if isinstance(piece, Literally) else piece.name
+                for n, piece in enumerate(self.templates.pieces(kind))
             )
             for kind in ("policy", "improver", "gap")
         }
@@ -169,15 +170,20 @@ class Codec:
                 reference = (len(ids), len(ids) + len(texts["reference"]))
             ids += texts[part] if isinstance(part, str) else part
         bos = self.tokenizer.bos_id
-        if bos is not None and ids.count(bos) != int(self.templates.bos):
+        if bos is not None and (count := self._leading_bos(ids)) != int(self.templates.bos):
             raise DataError(
-                f"A {kind} prompt has the beginning-of-sequence token {bos} {ids.count(bos)} times, but must have it "
-                f"{int(self.templates.bos)} times. Give prompts and references without it: Templates.bos adds it."
+                f"A {kind} prompt begins with the beginning-of-sequence token {bos} {count} times, but must do so "
+                f"{int(self.templates.bos)} times. Give prompts without it: Templates.bos adds it."
             )
         return PromptRow(tuple(ids), reference)
 
     def _fit(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(int(i) for i in prompt_ids[-self.prompt_room :])
+        ids = tuple(int(i) for i in prompt_ids[-self.prompt_room :])
+        # Some chat templates write BOS before every user's turn; where the cut falls there, it is no second one.
+        return ids if len(prompt_ids) <= self.prompt_room else ids[self._leading_bos(ids) :]
+
+    def _leading_bos(self, ids: Sequence[int]) -> int:
+        return next((n for n, i in enumerate(ids) if i != self.tokenizer.bos_id), len(ids))
 
     def _reference(self, reference_ids: Sequence[int]) -> tuple[int, ...]:
         ids = self.without_eos(reference_ids)

@@ -1,4 +1,4 @@
-"""Tokenizers: SentencePiece models and plain bytes, loading, saving and training them."""
+"""Tokenizers: SentencePiece models and plain bytes, training the former, and loading tokenizers of every kind."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import sentencepiece
@@ -15,8 +16,12 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from pit_jax.core.errors import DataError, invalid
+from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
+from pit_jax.text.sentencepiece_files import T5_MODEL_FILE, Pieces, SentencePieceFiles
+from pit_jax.text.special import TOKENIZER_CONFIG, Facts, ModelDefaults, read_files
 
 METADATA_FILE = "tokenizer.json"
+"""Also Hugging Face's name for another thing: ours has the key `kind`, theirs has not."""
 MODEL_FILE = "tokenizer.model"
 _PROTO: Any = sentencepiece_model_pb2  # generated code without types
 _SPACE = "\u2581"  # how SentencePiece writes a space
@@ -92,6 +97,12 @@ class ByteTokenizer:
         """Write the metadata file; there is no model."""
         _write_metadata(epath.Path(directory), {"kind": "bytes"}, self)
 
+    def files(self) -> dict[str, bytes]:
+        """Return the configuration by which transformers makes the same tokenizer (ByT5's)."""
+        tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+        config = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0} | tokens
+        return {TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model; pad, eos, bos and unk are the model's own.
@@ -102,21 +113,17 @@ class SentencePieceTokenizer:
 
     Args:
       model: the serialised model, or the path of one.
+      files: content of the files beside it that say more of its tokens (see `special.py`); with them the special
+        tokens they name are recognised in text, T5's <extra_id_n> among them.
     Raises:
-      DataError: there is no such file, it is no SentencePiece model, or the model has no end-of-sequence piece.
+      DataError: there is no such file, it is no SentencePiece model, or nothing says what ends a response.
     """
 
-    def __init__(self, model: bytes | epath.PathLike):
+    def __init__(self, model: bytes | epath.PathLike, files: Mapping[str, bytes] | None = None):
         """Load the model."""
         where = "the given bytes" if isinstance(model, bytes) else str(model)
         self._model = model if isinstance(model, bytes) else _read_model(epath.Path(model))
-        self._processor = sentencepiece.SentencePieceProcessor()
-        proto = _PROTO.ModelProto()
-        try:
-            self._processor.LoadFromSerializedProto(self._model)
-            proto.ParseFromString(self._model)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(f"{where}: is no SentencePiece model ({error}). Give a .model file, or `bytes`.") from error
+        self._processor, proto = _processor(self._model, where)
         processor = self._processor
         if processor.eos_id() < 0:
             raise DataError(
@@ -135,9 +142,20 @@ class SentencePieceTokenizer:
         self._whole_words = proto.trainer_spec.model_type == _PROTO.TrainerSpec.WORD
         longest_first = sorted(self.special_pieces, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+        self._beside: SentencePieceFiles | None = None
+        if files is not None:
+            name = MODEL_FILE if isinstance(model, bytes) else epath.Path(model).name
+            self._beside = SentencePieceFiles(files, self._pieces(), name, where)
+            self.vocab_size, special = self._beside.size, self._beside.special
+            self.bos_id, self.pad_id, self.eos_ids = special.bos_id, special.pad_id, special.eos_ids
+            self._model_name = name
+            proto.normalizer_spec.add_dummy_prefix = False
+            self._unspaced = _processor(proto.SerializeToString(), where)[0]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without special tokens."""
+        if self._beside is not None:
+            return self._encode_beside(text, self._beside)
         if self._whole_words and self._cut:
             return [i for section in self._cut.split(text) if section for i in self._encode_words(section)]
         ids = self._processor.encode(text)
@@ -147,7 +165,11 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`; control pieces have none, ids beyond the vocabulary are unknown pieces."""
-        known = [int(i) if 0 <= i < self.vocab_size else self.unk_id for i in ids]
+        if self._beside is not None:
+            added = set(self._beside.added.values())
+            ids = [int(i) for i in ids if int(i) not in added]
+        size = self._processor.vocab_size()
+        known = [int(i) if 0 <= i < size else self.unk_id for i in ids]
         if not self._whole_words:
             return self._processor.decode(known)
         text: list[str] = []
@@ -159,15 +181,58 @@ class SentencePieceTokenizer:
         return "".join([*text, self._processor.decode(known[start:])])
 
     def fingerprint(self) -> str:
-        """Return a hash of the model's bytes."""
-        return "sentencepiece-" + hashlib.sha256(self._model).hexdigest()[:16]
+        """Return a hash of the model's bytes, and of what the files beside it say."""
+        digest = hashlib.sha256(self._model)
+        if self._beside is not None:
+            template = self._beside.chat_template
+            said = [self.bos_id, self.pad_id, self.eos_ids, sorted(self._beside.added.items())]
+            digest.update(json.dumps([said, None if template is None else template.fingerprint()]).encode())
+        return "sentencepiece-" + digest.hexdigest()[:16]
+
+    def files(self) -> dict[str, bytes]:
+        """Return the model and the files that say which of its tokens are special, by the names others look for."""
+        if self._beside is not None:
+            return self._beside.kept | {self._model_name: self._model}
+        named = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0], "unk_token": self.unk_id}
+        tokens = {role: self._processor.id_to_piece(i) for role, i in named.items() if i is not None}
+        config = tokens | {"pad_token": self._processor.id_to_piece(self.pad_id)}
+        return {MODEL_FILE: self._model, TOKENIZER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
 
     def save(self, directory: epath.PathLike) -> None:
         """Write a copy of the model and the metadata file."""
         folder = epath.Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_FILE).write_bytes(self._model)
-        _write_metadata(folder, {"kind": "sentencepiece", "model": MODEL_FILE}, self)
+        name = MODEL_FILE
+        if self._beside is not None:
+            name = self._model_name
+            for other, content in self._beside.kept.items():
+                (folder / other).write_bytes(content)
+        (folder / name).write_bytes(self._model)
+        _write_metadata(folder, {"kind": "sentencepiece", "model": name}, self)
+
+    def _pieces(self) -> Pieces:
+        processor, unknown = self._processor, self.unk_id
+
+        def find(token: str) -> int | None:
+            found = processor.piece_to_id(token)
+            return found if found != unknown or token == processor.id_to_piece(unknown) else None
+
+        defaults = ModelDefaults(bos_id=self.bos_id, pad_id=self.pad_id, eos_id=self.eos_ids[0])
+        return Pieces(size=processor.vocab_size(), find=find, defaults=defaults)
+
+    def _encode_beside(self, text: str, beside: SentencePieceFiles) -> list[int]:
+        ids: list[int] = []
+        start = 0
+        for match in beside.pattern.finditer(text):
+            ids += self._encode_section(text[start : match.start()], first=start == 0)
+            ids.append(beside.added[match.group()])
+            start = match.end()
+        return ids + self._encode_section(text[start:], first=start == 0)
+
+    def _encode_section(self, section: str, *, first: bool) -> list[int]:
+        assert self._beside is not None
+        processor = self._processor if first or self._beside.space_after_special else self._unspaced
+        return processor.encode(section) if section else []
 
     def _encode_words(self, section: str) -> list[int]:
         special = self.special_pieces.get(section)
@@ -178,8 +243,9 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
     """Return the tokenizer a setting names.
 
     Args:
-      spec: `bytes`, the path of a SentencePiece .model file, or a directory that `save` wrote (or that holds
-        exactly one .model file). Remote paths work.
+      spec: `bytes`, the path of a SentencePiece .model file, or a directory: one that `save` wrote, a Hugging Face
+        checkpoint (`tokenizer.json`, or a .model file with `tokenizer_config.json`), or one that holds exactly one
+        .model file. Remote paths work.
     Raises:
       DataError: nothing usable is there, or the directory's model is not the one its metadata describe.
     """
@@ -193,15 +259,69 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
         )
     if not path.is_dir():
         return SentencePieceTokenizer(path)
-    if (path / METADATA_FILE).exists():
-        return _load_saved(path)
-    models = sorted(path.glob("*.model"))
-    if len(models) != 1:
+    found = find_tokenizer(path)
+    if found is None:
         raise DataError(
-            f"tokenizer = {str(spec)!r}: the directory holds {len(models)} .model files and no {METADATA_FILE}. "
-            "Name the .model file itself."
+            f"tokenizer = {str(spec)!r}: the directory holds {len(list(path.glob('*.model')))} .model files and no "
+            f"{METADATA_FILE}. Name the .model file itself."
         )
-    return SentencePieceTokenizer(models[0])
+    return found
+
+
+def find_tokenizer(directory: epath.PathLike) -> Tokenizer | None:
+    """Return the tokenizer of a directory, None where it has none, or several .model files of unknown names.
+
+    Raises:
+      DataError: there is one, but it is broken.
+    """
+    folder = epath.Path(directory)
+    if (folder / METADATA_FILE).exists():
+        return _load_saved(folder) if _is_ours(folder) else HuggingFaceTokenizer.read(folder)
+    models = [folder / name for name in (T5_MODEL_FILE, MODEL_FILE) if (folder / name).exists()]
+    models = models or sorted(folder.glob("*.model"))
+    if not models and (folder / TOKENIZER_CONFIG).exists():
+        return _without_model(folder)
+    return SentencePieceTokenizer(models[0], _beside(folder, models[0].name)) if len(models) == 1 else None
+
+
+def tokenizer_files(tokenizer: Tokenizer | epath.PathLike) -> dict[str, bytes]:
+    """Return the files, by name, from which transformers or vLLM load a tokenizer, or that of a directory.
+
+    Raises:
+      DataError: it has no form that other software reads.
+    """
+    found = load_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    if isinstance(found, HuggingFaceTokenizer | SentencePieceTokenizer | ByteTokenizer):
+        return found.files()
+    raise DataError(f"{type(found).__name__} has no files that other software reads. Export without a tokenizer.")
+
+
+def _beside(folder: epath.Path, model: str) -> dict[str, bytes] | None:
+    """Return the files beside a model; None if there are none, when the model alone says everything."""
+    files = read_files(folder)
+    return files if files or model == T5_MODEL_FILE else None
+
+
+def _without_model(folder: epath.Path) -> Tokenizer:
+    """Return the tokenizer of a configuration that stands alone: ByT5's needs no other file."""
+    name = Facts(read_files(folder), str(folder)).config.get("tokenizer_class")
+    if name in ("ByT5Tokenizer", "ByT5TokenizerFast"):
+        return ByteTokenizer()
+    raise DataError(
+        f"{folder}: {TOKENIZER_CONFIG} describes a tokenizer ({name}), but there is neither {METADATA_FILE} nor a "
+        ".model file. Load it with transformers and save it again, which writes tokenizer.json."
+    )
+
+
+def _is_ours(folder: epath.Path) -> bool:
+    """Return whether `tokenizer.json` describes a directory that `save` wrote, rather than being a tokenizer itself."""
+    try:
+        content = json.loads((folder / METADATA_FILE).read_bytes())
+    except ValueError as error:
+        raise DataError(
+            f"{folder / METADATA_FILE}: is no tokenizer description ({error!r}). Name the .model file itself."
+        ) from error
+    return not (isinstance(content, dict) and "model" in content and "kind" not in content)
 
 
 def _load_saved(folder: epath.Path) -> Tokenizer:
@@ -215,7 +335,7 @@ def _load_saved(folder: epath.Path) -> Tokenizer:
         raise DataError(f"{where}: is no tokenizer description ({error!r}). Name the .model file itself.") from error
     if kind not in ("bytes", "sentencepiece"):
         raise DataError(f"{where}: kind = {kind!r} must be 'bytes' or 'sentencepiece'. Name the .model file itself.")
-    tokenizer: Tokenizer = ByteTokenizer() if model is None else SentencePieceTokenizer(model)
+    tokenizer: Tokenizer = ByteTokenizer() if model is None else _saved_model(folder, model)
     if tokenizer.fingerprint() != expected:
         raise DataError(
             f"{folder}: the tokenizer is {tokenizer.fingerprint()}, but {METADATA_FILE} was written for {expected}. "
@@ -224,10 +344,26 @@ def _load_saved(folder: epath.Path) -> Tokenizer:
     return tokenizer
 
 
+def _saved_model(folder: epath.Path, model: epath.Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(model, _beside(folder, model.name))
+
+
 def _write_metadata(folder: epath.Path, content: dict[str, object], tokenizer: Tokenizer) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content |= {"fingerprint": tokenizer.fingerprint(), "vocab_size": tokenizer.vocab_size}
     (folder / METADATA_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _processor(model: bytes, where: str) -> tuple[sentencepiece.SentencePieceProcessor, Any]:
+    """Return a model ready for use, and what it consists of."""
+    processor = sentencepiece.SentencePieceProcessor()
+    proto = _PROTO.ModelProto()
+    try:
+        processor.LoadFromSerializedProto(model)
+        proto.ParseFromString(model)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{where}: is no SentencePiece model ({error}). Give a .model file, or `bytes`.") from error
+    return processor, proto
 
 
 def _read_model(path: epath.Path) -> bytes:

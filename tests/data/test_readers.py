@@ -1,11 +1,19 @@
+import dataclasses
 import gzip
 import json
 import lzma
+import pathlib
+import shutil
 
 import pytest
 
 from pit_jax.core.errors import ConfigError, DataError
+from pit_jax.data.folds import Folds
+from pit_jax.data.open import DataSpec, open_examples, open_records, write_view_cache
 from pit_jax.data.readers import ReadConfig, ReadReport, find_files, read_documents, read_jsonl
+from pit_jax.text.chat_template import TemplateChat, chat_templates
+from pit_jax.text.codec import Codec, Lengths
+from pit_jax.text.tokenizer import load_tokenizer
 
 SKIP = ReadConfig(on_bad_record="skip", max_line_bytes=300)
 FAIL = ReadConfig(max_line_bytes=300)
@@ -170,3 +178,39 @@ def test_text_that_is_not_utf8_is_named(tmp_path):
     assert texts(path, config=SKIP) == ["good"]
     with pytest.raises(DataError, match="a.txt: is not UTF-8"):
         texts(path, unit="file")
+
+
+def test_a_chat_template_writes_the_prompts_of_files_and_caches(tmp_path):
+    folder = tmp_path / "gemma"
+    shutil.copytree(pathlib.Path(__file__).parent / "hf_tokenizers" / "gemma", folder)
+    path = write(tmp_path / "a.jsonl", line(1))
+    codec = Codec(load_tokenizer(folder), chat_templates(folder), Lengths(inputs=60, targets=10))
+
+    def opened(**source):
+        read = ReadConfig(chat=TemplateChat(path=str(folder)))
+        return DataSpec(read=read, folds=Folds(validation_fraction=0), **source)
+
+    def texts(spec):
+        return [record.prompt for record in open_records(spec, "train")]
+
+    spec = opened(path=str(path))
+    assert texts(spec) == ["<start_of_turn>user\nquestion 1"]
+    (example,) = open_examples(spec, view="evaluate", split="train", codec=codec)
+    row = codec.policy_prompt(example["prompt"].tolist())
+    whole = "<bos><start_of_turn>user\nquestion 1<end_of_turn>\n<start_of_turn>model\n"
+    assert list(row.ids) == codec.tokenizer.encode(whole)
+    for view in ("evaluate", "records"):
+        write_view_cache(spec, tmp_path / "cache", view=view, split="train", codec=codec)
+    cached = opened(cache=str(tmp_path / "cache"))
+    assert texts(cached) == texts(spec)
+    assert len(open_examples(cached, view="evaluate", split="train", codec=codec)) == 1
+    # Another template is other data, in memory as on disk, although no setting has changed.
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = config["chat_template"].replace("start_of_turn", "turn")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert texts(opened(path=str(path))) == ["<turn>user\nquestion 1"]
+    for stale in (opened(cache=cached.cache), dataclasses.replace(cached, read=ReadConfig())):
+        with pytest.raises(DataError, match="cache"):
+            texts(stale)
+        with pytest.raises(DataError, match="cache"):
+            open_examples(stale, view="evaluate", split="train", codec=codec)

@@ -1,3 +1,5 @@
+import pathlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from pit_jax.core.errors import DataError
 from pit_jax.data.schema import content_hash, default_group, parse
 from pit_jax.text.chat import ChatFormat
+from pit_jax.text.chat_template import TemplateChat
 
 FIRST = "\n\nHuman: What is a good way to fry an egg?\n\nAssistant:"
 MULTI = (
@@ -111,3 +114,61 @@ MESSAGE = {"role": "assistant", "content": "x"}
 def test_bad_records_are_named_by_field(raw, message):
     with pytest.raises(DataError, match=message):
         parse(raw)
+
+
+QWEN = TemplateChat(path=str(pathlib.Path(__file__).parent / "hf_tokenizers" / "qwen"))
+GEMMA = TemplateChat(path=str(pathlib.Path(__file__).parent / "hf_tokenizers" / "gemma"))
+TURNS = [
+    {"role": "user", "content": "Can you help me plan a trip?"},
+    {"role": "assistant", "content": "Sure! Where would you like to go?"},
+    {"role": "user", "content": "Somewhere warm,\n\nbut not too far."},
+]
+
+
+def test_the_four_shapes_give_the_same_record_under_a_chat_template():
+    better, worse = ([{"role": "assistant", "content": text}] for text in ("Spain.", "Mars."))
+    shapes = [
+        {"prompt": MULTI, "chosen": "Spain.", "rejected": "Mars."},
+        hh(MULTI, "Spain.", "Mars."),
+        {"prompt": TURNS, "chosen": better, "rejected": worse},
+        {"prompt": TURNS, "chosen": "Spain.", "rejected": "Mars."},
+        {"chosen": TURNS + better, "rejected": TURNS + worse},
+    ]
+    assert len({parse(shape, QWEN) for shape in shapes}) == 1
+    record = parse(shapes[0], QWEN)
+    assert record.prompt == QWEN.prompt(TURNS)
+    assert record.prompt.endswith("<|im_start|>user\nSomewhere warm,\n\nbut not too far.")
+    assert (record.chosen, record.rejected) == ("Spain.", "Mars.")
+    # Which fold a record falls into does not depend on how its prompt is written.
+    assert record.group == parse(shapes[0]).group
+
+
+def test_a_plain_prompt_is_one_users_message_under_a_chat_template():
+    record = parse({"prompt": "Why?", "chosen": "So.", "rejected": "No."}, GEMMA)
+    assert record.prompt == "<start_of_turn>user\nWhy?"
+    assert record.group == content_hash("Why?")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"prompt": [*TURNS, TURNS[1]], "chosen": "a", "rejected": "b"}, "'prompt' ends with an assistant's message"),
+        ({"prompt": [{"role": "system", "content": "S"}], "chosen": "a", "rejected": "b"}, "must end with a user's"),
+        ({"prompt": MULTI + " Sure,", "chosen": "a", "rejected": "b"}, "must end with a user's message"),
+        ({"prompt": [{"role": "system", "content": "S"}, TURNS[0]], "chosen": "a", "rejected": "b"}, "System role not"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "'prompt' is empty"),
+        (
+            {"prompt": [{"role": "user", "content": " "}], "chosen": "a", "rejected": "b"},
+            "of the prompt is empty",
+        ),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "tools": [{}]}, "field 'tools' is given"),
+        ({"prompt": [{"role": "tool", "content": "3"}], "chosen": "a", "rejected": "b"}, r"prompt\[0\] uses tools"),
+        (
+            {"prompt": "p", "chosen": [{"role": "assistant", "content": "", "tool_calls": [1]}], "rejected": "b"},
+            r"chosen\[0\] uses tools \(tool_calls\)",
+        ),
+    ],
+)
+def test_records_that_no_chat_template_can_write_are_refused(raw, message):
+    with pytest.raises(DataError, match=message):
+        parse(raw, GEMMA)
