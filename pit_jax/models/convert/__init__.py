@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: Hugging Face, PEFT and T5X, in and out."""
