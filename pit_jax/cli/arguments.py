@@ -30,6 +30,10 @@ your own data
 
 use what was trained
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl
+  pit-jax convert --input=runs/mine/rl_improver --output=improver_hf      for transformers, vLLM, ...
+
+a model you have
+  pit-jax pipeline --gin_file=recipes/pretrained.gin --gin.INITIAL_CHECKPOINT_PATH="'path/to/hf'" ...
 
 settings
   --gin.NAME=VALUE overrides what the files say; strings need quotes of their own:
@@ -51,6 +55,17 @@ without drafts the run's policy writes them. Each line of the output has the imp
 
 example
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl --iterations=2
+"""
+
+_CONVERT_EXAMPLE = """\
+The input is a stage of a run (RUN/STAGE or RUN/STAGE:SNAPSHOT), a Hugging Face or T5X checkpoint, a name on the
+Hugging Face hub, or a PEFT adapter (with --base).
+
+examples
+  pit-jax convert --input=runs/mine/rl_improver --output=improver            a directory for transformers and vLLM
+  pit-jax convert --input=runs/mine/rl_improver --output=adapter --format=peft
+  pit-jax convert --input=t5x/checkpoint_1000000 --config=network.json --output=flan_hf
+  pit-jax convert --input=google/flan-t5-base --output=flan_t5x --format=t5x
 """
 
 _STAGE_VERBS = {
@@ -112,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         if roles:
             stage.add_argument("--role", choices=roles, help="which stage of this kind the recipe should run")
     _add_improve(verb)
+    _add_convert(verb)
     _add_data(verb)
     return parser
 
@@ -162,6 +178,25 @@ def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
     )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same answers (default: 0)")
+
+
+def _add_convert(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    parser = verb("convert", "turn a checkpoint into another format", f"{_STAGES}convert", _CONVERT_EXAMPLE)
+    parser.add_argument("--input", required=True, metavar="CHECKPOINT", help="what is read; see above")
+    parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
+    parser.add_argument(
+        "--format", choices=("hf", "t5x", "peft", "pit"), default="hf",
+        help="hf: Hugging Face, adapters merged (default); peft: adapters alone; t5x; pit: ours",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as read)")
+    parser.add_argument("--base", metavar="DIR", help="the model a PEFT adapter stands on; with --format=peft its name")
+    parser.add_argument("--config", metavar="FILE", help="JSON description of a T5X network (network, model, config)")
+    parser.add_argument("--max_shard_size", type=int, metavar="BYTES", help="of a safetensors file (default: 50 GB)")
+    parser.add_argument(
+        "--layout", choices=("orbax", "legacy"), default="orbax", help="of a T5X checkpoint (default: orbax)"
+    )
+    parser.add_argument("--scanned", action="store_true", help="stack the layers of a T5X checkpoint (scalable T5)")
+    parser.add_argument("--step", type=int, default=0, help="number of a T5X checkpoint's step (default: 0)")
 
 
 def _add_data(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:

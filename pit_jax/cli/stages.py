@@ -93,6 +93,28 @@ def improve(args: argparse.Namespace) -> None:
     )
 
 
+def convert(args: argparse.Namespace) -> None:
+    """`pit-jax convert`: turn a checkpoint into another format."""
+    from pit_jax.stages.convert import Conversion
+    from pit_jax.stages.convert import convert as run
+
+    size = {} if args.max_shard_size is None else {"max_shard_size": args.max_shard_size}
+    run(
+        Conversion(
+            source=args.input,
+            output=args.output,
+            format=args.format,
+            base=args.base,
+            dtype=args.dtype,
+            config=args.config,
+            layout=args.layout,
+            scanned=args.scanned,
+            step=args.step,
+            **size,
+        )
+    )
+
+
 def _run(recipe: Recipe, text: str, names: list[str] | None) -> None:
     """Run stages, and leave the configuration beside what they make, in MODEL_DIR/config.gin.
 

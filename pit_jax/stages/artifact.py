@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -14,8 +14,13 @@ from pit_jax.core.types import Params
 from pit_jax.io import files, serialize
 from pit_jax.io.checkpoint import Checkpoints
 from pit_jax.models.api import ConditionalLM
+from pit_jax.models.config import ModelConfig
+from pit_jax.models.convert import pretrained
 from pit_jax.models.heads import ScalarModel, ValueModel
-from pit_jax.sharding import rules
+from pit_jax.models.presets.catalog import language_model
+from pit_jax.models.quantised import quantise
+from pit_jax.models.trained import Network, abstract_params, divide, has_head, language_model_of, whole
+from pit_jax.stages.external import External
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import load_tokenizer
@@ -25,19 +30,6 @@ RESULT = "result.json"
 SNAPSHOTS = "snapshots"
 RESPONSES = "responses"
 ORDER = "stages.json"
-
-Network = ConditionalLM | ScalarModel | ValueModel
-
-
-def abstract_params(network: Network, mesh: Mesh | None) -> Params:
-    """Return shapes of a network's parameters, with shardings on `mesh` (None: the default device)."""
-    shapes = network.abstract()
-    if mesh is None:
-        return shapes
-    shardings = rules.specs(network.axes(), shapes, rules.DEFAULT_RULES, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
 
 
 def nothing_made(stage: epath.Path) -> bool:
@@ -111,16 +103,26 @@ def different(directory: epath.Path, what: str, found: list[str]) -> str:
 
 
 class Artifact:
-    """A stage's directory, opened for reading: it carries everything needed to use what was trained."""
+    """A stage's directory, opened for reading: it carries everything needed to use what was trained.
 
-    def __init__(self, directory: epath.PathLike) -> None:
-        self.directory = epath.Path(directory)
+    `in_floats`: adapters that were trained on a quantised base come on the float weights that it was made of, as they
+    are merged and exported.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, in_floats: bool = False) -> None:
+        self.directory, self._in_floats = epath.Path(directory), in_floats
         if not (self.directory / MANIFEST).exists():
             raise CheckpointError(
                 f"{self.directory} is not the directory of a trained stage: it has no {MANIFEST}. "
                 "Give MODEL_DIR/STAGE, or run that stage first."
             )
         self.manifest: dict[str, Any] = files.read_json(self.directory / MANIFEST)
+
+    @property
+    def base(self) -> str | None:
+        """Reference of what its adapters stand on, None for a whole model; a stage of its run has its directory."""
+        reference = self.manifest["base"]
+        return None if reference is None else base_key(reference, self.directory.parent)
 
     @property
     def finished(self) -> bool:
@@ -130,7 +132,12 @@ class Artifact:
     @functools.cached_property
     def network(self) -> Network:
         """The network whose parameters the checkpoints hold."""
-        return serialize.from_json(self.manifest["network"])
+        network: Network = serialize.from_json(self.manifest["network"])
+        config = language_model_of(network).config
+        if not self._in_floats or config.quantised is None:
+            return network
+        lm = language_model(dataclasses.replace(config, quantised=None))
+        return dataclasses.replace(network, lm=lm) if isinstance(network, ScalarModel | ValueModel) else lm
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -140,13 +147,25 @@ class Artifact:
         assert isinstance(lengths, Lengths)
         return Codec(tokenizer=load_tokenizer(str(self.directory / "tokenizer")), templates=templates, lengths=lengths)
 
-    def params(self, snapshot: str | None = None, mesh: Mesh | None = None) -> Params:
+    def params(
+        self, snapshot: str | None = None, mesh: Mesh | None = None, bases: dict[str, Params] | None = None
+    ) -> Params:
         """Return the parameters of the newest checkpoint, or of a named snapshot.
+
+        Adapters come with their base: that of `bases` if it is there (and it is put there otherwise), so that one
+        copy serves any number of them.
 
         Raises:
           CheckpointError: there is none, it cannot be read, or the snapshot is not there (those there are named).
         """
-        wanted = abstract_params(self.network, mesh)
+        frozen, wanted = divide(self.network, abstract_params(self.network, mesh))
+        trained = self._restore(snapshot, wanted)
+        if frozen is None:
+            return trained
+        base = self._base(mesh, {} if bases is None else bases)
+        return whole({"trunk": base} if has_head(self.network) else base, trained)
+
+    def _restore(self, snapshot: str | None, wanted: Params) -> Params:
         if snapshot is None:
             checkpoints = Checkpoints(self.directory, keep=None)
             step = checkpoints.latest()
@@ -161,15 +180,55 @@ class Artifact:
             )
         return Checkpoints(self.directory / SNAPSHOTS, keep=None).restore_params(names[snapshot], wanted)
 
-    def trunk(self, snapshot: str | None = None, mesh: Mesh | None = None) -> Params:
+    def _base(self, mesh: Mesh | None, bases: dict[str, Params]) -> Params:
+        """Return the frozen parameters that this stage's adapters stand on."""
+        key = self.base
+        assert key is not None
+        if key not in bases:
+            place, snapshot = split_reference(key)
+            plain = dataclasses.replace(self.lm.config, lora=None, quantised=None)
+            bases[key] = frozen(open_checkpoint(place, plain).trunk(snapshot, mesh), self.lm)
+        return bases[key]
+
+    def trunk(
+        self, snapshot: str | None = None, mesh: Mesh | None = None, bases: dict[str, Params] | None = None
+    ) -> Params:
         """Return the language-model parameters, without a reward or value head if there is one."""
-        params = self.params(snapshot, mesh)
-        return params["trunk"] if isinstance(self.network, ScalarModel | ValueModel) else params
+        params = self.params(snapshot, mesh, bases)
+        return params["trunk"] if has_head(self.network) else params
 
     @property
     def lm(self) -> ConditionalLM:
         """The language model inside the network."""
-        return self.network.lm if isinstance(self.network, ScalarModel | ValueModel) else self.network
+        return language_model_of(self.network)
+
+
+def frozen(params: Params, lm: ConditionalLM) -> Params:
+    """Return a whole model, which may have a head, as it lies under the adapters of `lm`; `params` is used up."""
+    if lm.config.quantised is None:
+        return params
+    if "trunk" in params:
+        return params | {"trunk": quantise(params["trunk"], lm, donate=True)}
+    return quantise(params, lm, donate=True)
+
+
+def base_key(reference: str, run: epath.Path) -> str:
+    """Return a reference of a base with the run's directory before it, unless it is a path or a hub name."""
+    return reference if "/" in split_reference(reference)[0] else f"{run}/{reference}"
+
+
+def open_checkpoint(place: str, like: ModelConfig) -> Artifact | External:
+    """Return what a path or a hub name holds: a stage of a run, or a checkpoint of another project.
+
+    Args:
+      place: where.
+      like: how a checkpoint of another project is to run, see `External`.
+    Raises:
+      CheckpointError: it is neither.
+    """
+    if not (epath.Path(place) / MANIFEST).exists() and pretrained.is_checkpoint(place):
+        return External(place, like)
+    return Artifact(place)
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

@@ -24,7 +24,10 @@ from pit_jax.io import files
 from pit_jax.models.heads import ScalarModel
 from pit_jax.stages import answering
 from pit_jax.stages.artifact import MANIFEST, Artifact, finished_stages, split_reference
+from pit_jax.text.chat import Chat, ChatFormat, check_messages
+from pit_jax.text.chat_template import TemplateChat
 from pit_jax.text.codec import Codec
+from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 64
@@ -32,9 +35,13 @@ _BATCH = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draft:
-    """One line of the input: a prompt, and a response to improve (None: the run's policy writes it)."""
+    """One line of the input: a prompt, and a response to improve (None: the run's policy writes it).
 
-    prompt: str
+    given: the prompt as it stands in the file, a text or messages; text: as the run's models read it.
+    """
+
+    given: Any
+    text: str
     response: str | None
 
 
@@ -64,6 +71,7 @@ class Improver:
     def __init__(self, checkpoint: str) -> None:
         place, self._snapshot = (checkpoint, None) if epath.Path(checkpoint).exists() else split_reference(checkpoint)
         self.artifact = _improver(epath.Path(place))
+        self._bases: dict[str, Params] = {}
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
@@ -76,6 +84,15 @@ class Improver:
     def codec(self) -> Codec:
         """How its texts become tokens."""
         return self.artifact.codec
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """How prompts are written: by the tokenizer's chat template, if the run's prompts go on where that ends."""
+        tokenizer = self.codec.tokenizer
+        template = tokenizer.chat_template if isinstance(tokenizer, HuggingFaceTokenizer) else None
+        if template is not None and template.matches(self.codec.templates):
+            return TemplateChat(path=str(self.artifact.directory / "tokenizer"))
+        return ChatFormat()
 
     def _named(self, reference: str | None) -> tuple[Artifact, str | None] | None:
         """Return the stage and snapshot of a reference, None where there is none (any more)."""
@@ -90,7 +107,7 @@ class Improver:
 
     def params(self) -> Params:
         """Return the improver's parameters."""
-        return self.artifact.trunk(self._snapshot)
+        return self.artifact.trunk(self._snapshot, bases=self._bases)
 
     def judge(self) -> Judge | None:
         """Return r_gap as a scoring function, None where the run has no gap model."""
@@ -99,11 +116,13 @@ class Improver:
         model = self.gap.network
         assert isinstance(model, ScalarModel)
         scorer = answering.make_scorer(model, self.codec, "gap", _BATCH)
-        return functools.partial(scorer.score, self.gap.params())
+        return functools.partial(scorer.score, self.gap.params(bases=self._bases))
 
     def sampler(self, kind: Literal["policy", "improver"], temperature: float) -> Sampler:
         """Return what answers policy or improver prompts."""
-        return answering.make_sampler(self.artifact.lm, self.codec, kind, Sampling(temperature=temperature), _BATCH)
+        # The two can differ in their adapters: the policy may be the base of the improver's.
+        artifact = self.policy if kind == "policy" and self.policy is not None else self.artifact
+        return answering.make_sampler(artifact.lm, self.codec, kind, Sampling(temperature=temperature), _BATCH)
 
     def originals(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[Response]:
         """Return the policy's own answers, for lines without a response.
@@ -115,7 +134,8 @@ class Improver:
             raise DataError(
                 f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
             )
-        sampler, params = self.sampler("policy", temperature), self.policy.trunk(self._policy_snapshot)
+        params = self.policy.trunk(self._policy_snapshot, bases=self._bases)
+        sampler = self.sampler("policy", temperature)
         return first_answers(functools.partial(sampler.answer, params), self.codec, prompts, seed)
 
 
@@ -131,7 +151,7 @@ def improve_file(request: Request) -> None:
     config = Improve(iterations=request.iterations, candidates=request.candidates, accept=request.accept)
     improver = Improver(request.checkpoint)
     report = ReadReport()
-    drafts = list(_drafts(request, improver.codec, report))
+    drafts = list(_drafts(request, improver, report))
     if report.bad_count:
         _LOG.warning("%s: %s", report.summary(), "; ".join(report.bad))
     if not drafts:
@@ -144,7 +164,7 @@ def improve_file(request: Request) -> None:
         )
         config = Improve(iterations=request.iterations, accept="always")
     sampler = improver.sampler("improver", request.temperature)
-    prompts = [improver.codec.prompt_ids(draft.prompt) for draft in drafts]
+    prompts = [improver.codec.prompt_ids(draft.text) for draft in drafts]
     answers = _answers(improver, drafts, prompts, request)
     trajectories = improve(
         config, functools.partial(sampler.answer, improver.params()), judge, improver.codec, prompts, answers,
@@ -178,7 +198,7 @@ def _line(codec: Codec, draft: Draft, trajectory: Trajectory) -> dict[str, Any]:
     first = draft.response if draft.response is not None else codec.text(trajectory.first.ids)
     unchanged = trajectory.final == trajectory.first
     return {
-        "prompt": draft.prompt,
+        "prompt": draft.given,
         "response": first,
         "improved": first if unchanged else codec.text(trajectory.final.ids),
         "changed": not unchanged,
@@ -189,12 +209,12 @@ def _line(codec: Codec, draft: Draft, trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _drafts(request: Request, codec: Codec, report: ReadReport) -> Iterator[Draft]:
-    config = ReadConfig(on_bad_record=request.on_bad_record)
+def _drafts(request: Request, improver: Improver, report: ReadReport) -> Iterator[Draft]:
+    config, codec = ReadConfig(on_bad_record=request.on_bad_record), improver.codec
     for line, raw in read_objects(request.input, config, report):
         try:
-            draft = _draft(raw)
-            if not codec.prompt_ids(draft.prompt):
+            draft = _draft(raw, improver.chat)
+            if not codec.prompt_ids(draft.text):
                 raise DataError("field 'prompt' has no token. Remove the line.")
             if draft.response is not None:
                 codec.response_ids(draft.response)
@@ -205,13 +225,20 @@ def _drafts(request: Request, codec: Codec, report: ReadReport) -> Iterator[Draf
         yield draft
 
 
-def _draft(raw: dict[str, object]) -> Draft:
+def _draft(raw: dict[str, object], chat: Chat) -> Draft:
     prompt, response = raw.get("prompt"), raw.get("response")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError('field \'prompt\' must be a text that is not empty. Write {"prompt": ..., "response": ...}.')
+    if isinstance(prompt, str) and prompt.strip():
+        text = chat.text_prompt(prompt)
+    elif isinstance(prompt, list):
+        text = chat.prompt(check_messages(prompt, "prompt"))
+    else:
+        raise DataError(
+            "field 'prompt' must be a text that is not empty, or a list of messages. "
+            'Write {"prompt": ..., "response": ...}.'
+        )
     if response is not None and not isinstance(response, str):
         raise DataError(f"field 'response' must be a text, not {type(response).__name__}. Write the draft to improve.")
-    return Draft(prompt=prompt, response=response)
+    return Draft(given=prompt, text=text, response=response)
 
 
 def _improver(directory: epath.Path) -> Artifact:

@@ -10,7 +10,7 @@ from pit_jax.data.collate import all_batches, collator_for
 from pit_jax.data.open import DataSpec, open_examples, open_source
 from pit_jax.stages.run import Run
 from pit_jax.stages.sft import likelihood
-from pit_jax.stages.supervised import Trainer, Training, fresh_params, mean_over, train, with_loss
+from pit_jax.stages.supervised import Trainer, Training, initial_params, mean_over, train, with_loss
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.train.loop import finished
@@ -54,7 +54,7 @@ class LanguageModel:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
-        directory = run.begin(self, run.lm, snapshots={})
+        directory = run.begin(self, run.whole, snapshots={})
         codec = self.codec(run)
         size, packing = self.training.batch_size, self.training.packing
         collator = collator_for(
@@ -68,18 +68,17 @@ class LanguageModel:
                 f"The stage {self.name!r} holds out no document. Raise Folds.validation_fraction of its data, or give "
                 "DataSpec.validation_path."
             )
-        objective = likelihood(run.lm, self.z_loss)
+        objective = likelihood(run.whole, self.z_loss)
         parts = list(all_batches(examples, held_out))
         trainer = Trainer(
             run=run,
             name=self.name,
-            network=run.lm,
+            network=run.whole,
             objective=objective,
             training=self.training,
             collator=collator,
             source=open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)),
             evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
         )
-        start = self.init_from
-        train(trainer, fresh_params(run, run.lm, self.name) if start is None else run.language_model(start))
+        train(trainer, initial_params(run, self))
         return finished(directory) or {}

@@ -95,12 +95,23 @@ class Recipe:
           ConfigError: a stage names one that the recipe has not or has later, or a snapshot that is not kept.
         """
         made: dict[str, Stage] = {}
+        self._check_base()
         for stage in self.stages:
-            for reference in stage.inputs():
+            for reference in self.experiment.inputs(stage):
                 place, snapshot = split_reference(reference)
                 if "/" not in place:
                     self._check_reference(stage.name, place, snapshot, made)
             made[stage.name] = stage
+
+    def _check_base(self) -> None:
+        """Check that the base of adapters, if it is a stage of this run, is one of the recipe or was made before."""
+        base = self.experiment.base
+        if base is None or "/" in base:
+            return
+        place, names = split_reference(base)[0], [stage.name for stage in self.stages]
+        if place not in names and not (epath.Path(self.model_dir) / place / MANIFEST).exists():
+            fix = f"Name a stage that comes first, a path or a hub name.{nearest(place, names)}"
+            raise invalid("Adapters.base", base, "name a stage of the recipe, or a checkpoint", fix)
 
     def _check_reference(self, name: str, place: str, snapshot: str | None, made: Mapping[str, Stage]) -> None:
         source = made.get(place)

@@ -62,7 +62,7 @@ class Reward:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the held-out report."""
-        model = ScalarModel(run.lm, self.readout, self.attention)
+        model = ScalarModel(run.lm_of(self), self.readout, self.attention)
         run.begin(self, model, snapshots={})
         view = "reward_bt" if self.role == "bt" else "reward_gap"
         training = self.training
@@ -75,7 +75,7 @@ class Reward:
         parts = list(all_batches(examples[: training.evaluation_records], held_out))
         segments = 1 if training.packing is None else training.packing.segments
         objective, measure = (comparison_objective(model, self.role, self.terms, count) for count in (segments, 1))
-        state = train(
+        params = train(
             Trainer(
                 run=run,
                 name=self.name,
@@ -89,7 +89,7 @@ class Reward:
             self._initial(run, model),
         )
         examples = examples[: self.report_records]
-        scores, lengths = _scores(run, model, state.params, list(all_batches(examples, held_out)), len(examples))
+        scores, lengths = _scores(run, model, params, list(all_batches(examples, held_out)), len(examples))
         clean = _clean(run, examples)
         if self.role == "bt":
             return rewards.bradley_terry(scores[0], scores[1], lengths, clean)

@@ -18,12 +18,13 @@ from pit_jax.decode.sampling import Sampling
 from pit_jax.evaluation import judges
 from pit_jax.io.checkpoint import Checkpoints
 from pit_jax.models.heads import ValueModel
+from pit_jax.models.trained import Network, divide
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, Round, contexts
 from pit_jax.rl.experience import objective
 from pit_jax.rl.monitor import MonitorConfig
 from pit_jax.stages import answering
-from pit_jax.stages.artifact import SNAPSHOTS, Network
+from pit_jax.stages.artifact import SNAPSHOTS
 from pit_jax.stages.rl_program import Frozen, HeldOut, Parts, RlProgram
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import initial_state, run_files
@@ -132,17 +133,20 @@ class Rl:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
-        network: Network = ValueModel(run.lm) if self.rl.estimator == "ppo" else run.lm
+        lm = run.lm_of(self)
+        network: Network = ValueModel(lm) if self.rl.estimator == "ppo" else lm
         directory = run.begin(self, network, snapshots=self.kept())
+        base, trained = divide(network, self._initial(run, network))
         frozen = Frozen(
+            base=base,
             anchor=run.language_model(self.anchor, self.role),
             reward=run.params(self.reward),
             policy=None if self.policy is None else run.language_model(self.policy, "policy"),
         )
         steps, optimizer = self.curriculum.steps, self.training.optimizer
         updates = steps * self.rl.updates
-        state, shardings = initial_state(run, network, self._initial(run, network), optimizer, updates)
-        step = make_step(objective(run.lm, self.rl), optimizer, steps=updates, shardings=shardings)
+        state, shardings = initial_state(run, network, trained, optimizer, updates)
+        step = make_step(objective(lm, self.rl), optimizer, steps=updates, shardings=shardings)
         kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
         held_out = held_out_judge(run, self, frozen)
         program = RlProgram(self._parts(run, step, kept, held_out), frozen, _LOG.warning)

@@ -22,6 +22,7 @@ from pit_jax.decode.batches import Response, Sampler, Scorer, as_reference
 from pit_jax.io.checkpoint import Checkpoints
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
+from pit_jax.models.trained import whole
 from pit_jax.rl import monitor, reward
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, Round, contexts, records_per_step
@@ -40,8 +41,13 @@ HeldOut = Callable[[Params], dict[str, float]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frozen:
-    """Parameters that RL reads and never changes: KL anchor, reward model, and the policy that writes references."""
+    """Parameters that RL reads and never changes: KL anchor, reward model, and the policy that writes references.
 
+    base: what the trained adapters stand on (`models.trained.divide`), None where everything is trained. The others
+    are whole trees; with adapters they share its arrays.
+    """
+
+    base: Params | None
     anchor: Params
     reward: Params
     policy: Params | None
@@ -109,7 +115,7 @@ class RlProgram:
         update_key = key_for(parts.seed, "update", step)
         updates = []
         for batch in batches(experience, parts.config, parts.micro_batches, update_key):
-            state, metrics = parts.step(state, put_batch(batch, parts.mesh, row_axis=1), update_key)
+            state, metrics = parts.step(state, put_batch(batch, parts.mesh, row_axis=1), update_key, self._frozen.base)
             updates.append(metrics)
         logged = {name: _sum([update[name] for update in updates]) for name in updates[0]} | stats
         logged |= self._watch(stats, state, step)
@@ -117,7 +123,7 @@ class RlProgram:
         return state, logged
 
     def keep_snapshot(self, state: TrainState, step: int) -> None:
-        """Save the parameters for good if `step` updates are one of the points that are kept."""
+        """Save what is trained for good if `step` updates are one of the points that are kept."""
         if step in self._parts.snapshots and step not in self._parts.kept.steps():
             self._parts.kept.save(step, {"params": state.params}, {})
 
@@ -139,8 +145,12 @@ class RlProgram:
         self._baseline = Baseline(mean=snapshot["baseline"])
         self._monitor = monitor.MonitorState.from_json(snapshot["monitor"])
 
+    def _params(self, state: TrainState) -> Params:
+        return whole(self._frozen.base, state.params)
+
     def _lm_params(self, state: TrainState) -> Params:
-        return state.params["trunk"] if self._parts.config.estimator == "ppo" else state.params
+        params = self._params(state)
+        return params["trunk"] if self._parts.config.estimator == "ppo" else params
 
     def _contexts(self, here: Round, params: Params, step: int) -> list[Context]:
         parts = self._parts
@@ -179,7 +189,7 @@ class RlProgram:
         anchor = token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches)
         values = jnp.zeros_like(scores.logp)
         if parts.config.estimator == "ppo":
-            values = token_values(ValueModel(parts.lm), state.params, inputs, parts.micro_batches)
+            values = token_values(ValueModel(parts.lm), self._params(state), inputs, parts.micro_batches)
         answered = [context for context in met for _ in range(parts.config.samples_per_prompt)]
         earned, reference = self._rewards(met, answered, rolled.responses)
         repeat = parts.config.samples_per_prompt

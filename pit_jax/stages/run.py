@@ -20,11 +20,12 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError, DataError, invalid
-from pit_jax.core.rng import stream_id
+from pit_jax.core.rng import key_for, stream_id
 from pit_jax.core.tree import named_leaves, parameter_count
 from pit_jax.core.types import Params
 from pit_jax.data.folds import Split
@@ -32,29 +33,50 @@ from pit_jax.data.open import DataSpec, iterate_examples, open_records, open_sou
 from pit_jax.data.source import Source
 from pit_jax.data.views import DropReport, Example
 from pit_jax.io import files, serialize
+from pit_jax.models import lora
+from pit_jax.models.api import ConditionalLM
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.heads import ScalarModel
 from pit_jax.models.presets.catalog import language_model
+from pit_jax.models.trained import Network, abstract_params, has_head
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
+from pit_jax.sharding.place import init_sharded
 from pit_jax.stages.artifact import (
     MANIFEST,
     RESULT,
     Artifact,
-    Network,
-    abstract_params,
+    base_key,
     changes,
     claim,
     different,
+    frozen,
     note_finished,
     nothing_made,
+    open_checkpoint,
     other_model,
     split_reference,
 )
+from pit_jax.stages.external import External
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece
 
 TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Train adapters on one frozen base instead of whole models.
+
+    base: the checkpoint that all adapters of the run stand on: a stage (it is trained whole, and so are `lm` stages),
+      or a path or hub name. lora: size and place of the adapters.
+    quantise: "int8" stores the base's kernels as integers, a quarter of float32's bytes. What is trained whole is not,
+      nor is what adapters are merged into.
+    """
+
+    base: str
+    lora: lora.Lora
+    quantise: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +86,7 @@ class Experiment:
     model: the network's config. data: where preference records come from. tokenizer: a path, "bytes", or a
     training to be run on the experiment's own texts. lengths: token budgets, as `Lengths` or as
     `{'inputs': .., 'targets': ..}`. judge: import path `module:function` of a program that scores a response,
-    if the data has one.
+    if the data has one. adapters: what is trained instead of whole models.
     """
 
     model: ModelConfig
@@ -74,17 +96,39 @@ class Experiment:
     templates: Templates = Templates()
     mesh: MeshConfig = MeshConfig()
     judge: str | None = None
+    adapters: Adapters | None = None
     tensorboard: bool = True
     wandb_project: str | None = None
 
     def __post_init__(self) -> None:
-        """Accept lengths as the mapping T5X users write."""
+        """Accept lengths as the mapping T5X users write.
+
+        Raises:
+          ConfigError: the mapping has other keys, or adapters are set where they do not belong.
+        """
+        if self.model.lora is not None:
+            fix = "Set Experiment.adapters, which also says what they stand on."
+            raise invalid("Experiment.model.lora", self.model.lora, "not be set", fix)
         if isinstance(self.lengths, Mapping):
             if set(self.lengths) != {"inputs", "targets"}:
                 raise invalid(
                     "TASK_FEATURE_LENGTHS", dict(self.lengths), "have the keys 'inputs' and 'targets'", "Set both."
                 )
             object.__setattr__(self, "lengths", Lengths(**self.lengths))
+
+    @property
+    def base(self) -> str | None:
+        """Reference of what all adapters stand on, None without adapters."""
+        return None if self.adapters is None else self.adapters.base
+
+    def is_whole(self, stage: Any) -> bool:
+        """Return whether a stage trains all parameters: without adapters, as their base, or as pre-training."""
+        return self.base is None or stage.verb == "lm" or stage.name == split_reference(self.base)[0]
+
+    def inputs(self, stage: Any) -> list[str]:
+        """Return references of all that a stage reads, the base of its adapters included."""
+        base = [] if self.base is None or self.is_whole(stage) else [self.base]
+        return list(dict.fromkeys([*stage.inputs(), *base]))
 
 
 class HeldOut(NamedTuple):
@@ -102,7 +146,13 @@ class Run:
         self.directory = epath.Path(model_dir)
         self.seed = seed
         self.experiment = experiment
-        self.lm = language_model(experiment.model)
+        self.whole = language_model(experiment.model)
+        """The model without adapters."""
+        adapters = experiment.adapters
+        changes = {} if adapters is None else {"lora": adapters.lora, "quantised": adapters.quantise}
+        self.lm = language_model(dataclasses.replace(experiment.model, **changes))
+        """The model that answers and scores: with adapters, where the run has them."""
+        self._bases: dict[str, Params] = {}
 
     @classmethod
     def claim(cls, model_dir: str, seed: int, experiment: Experiment) -> Run:
@@ -233,7 +283,11 @@ class Run:
             "templates": serialize.to_json(self.codec.templates),
             "lengths": serialize.to_json(self.codec.lengths),
             "tokenizer": self.tokenizer.fingerprint(),
-            "inputs": {reference: files.json_hash(self.artifact(reference).manifest) for reference in stage.inputs()},
+            "base": None if self.experiment.is_whole(stage) else self.experiment.base,
+            "inputs": {
+                reference: files.json_hash(self.artifact(reference).manifest)
+                for reference in self.experiment.inputs(stage)
+            },
             "snapshots": dict(snapshots),
         }
         claim(directory / MANIFEST, manifest, what=f"stage {stage.name!r}")
@@ -271,8 +325,12 @@ class Run:
                     f"Delete {directory} to make it anew, or bring that stage back."
                 )
 
-    def artifact(self, reference: str) -> Artifact:
-        """Return the stage a reference names: a stage of this run, or a path to one of another run.
+    def lm_of(self, stage: Any) -> ConditionalLM:
+        """Return the language model that a stage trains, with or without adapters."""
+        return self.whole if self.experiment.is_whole(stage) else self.lm
+
+    def artifact(self, reference: str) -> Artifact | External:
+        """Return the checkpoint a reference names: a stage of this run, or a path to one of another run or project.
 
         Raises:
           CheckpointError: it does not exist, was not finished, or has another network than this run.
@@ -283,8 +341,9 @@ class Run:
             raise CheckpointError(
                 f"The stage {place!r} is not finished ({directory}). Run it first (`pit-jax pipeline` does)."
             )
-        artifact = Artifact(directory)
-        found = other_model(serialize.to_json(artifact.lm), serialize.to_json(self.lm))
+        artifact = open_checkpoint(place if "/" in place else str(directory), self.experiment.model)
+        ours = self.whole if artifact.lm.config.lora is None else self.lm
+        found = other_model(serialize.to_json(artifact.lm), serialize.to_json(ours))
         if found:
             raise CheckpointError(
                 f"{artifact.directory} holds another model than this run's: {found[0]}. "
@@ -296,14 +355,18 @@ class Run:
         place, _ = split_reference(reference)
         return epath.Path(place) if "/" in place else self.stage_directory(place)
 
-    def language_model(self, reference: str, role: str | None = None) -> Params:
+    def language_model(self, reference: str, role: str | None = None, lm: ConditionalLM | None = None) -> Params:
         """Return the parameters of a language model, of a role (policy, improver) if one is asked for.
 
+        Args:
+          reference: which.
+          role: what it must have been trained for.
+          lm: whose parameters are wanted: `whole`, or `lm` (default), for which whole models get fresh adapters.
         Raises:
           CheckpointError: the stage has trained a reward model, or the other role.
         """
         artifact = self.artifact(reference)
-        if isinstance(artifact.network, ScalarModel):
+        if has_head(artifact.network):
             raise CheckpointError(
                 f"{reference!r} must be a language model, but it is a reward model. Name a stage lm, sft or rl."
             )
@@ -312,7 +375,7 @@ class Run:
             raise CheckpointError(
                 f"{reference!r} must be a model of role {role!r}, but is of role {found!r}. Name another stage."
             )
-        return artifact.trunk(split_reference(reference)[1], self.mesh)
+        return self.trunk(reference, lm)
 
     def reward_model(self, reference: str, role: str) -> ScalarModel:
         """Return the network of a reward model of a role (bt, gap).
@@ -325,20 +388,56 @@ class Run:
             raise CheckpointError(
                 f"{reference!r} must be a reward model, but it is a language model. Name a stage reward --role={role}."
             )
-        if artifact.manifest["role"] != role:
+        if artifact.manifest["role"] not in ("", role):
             raise CheckpointError(
                 f"{reference!r} must be a reward model of role {role!r}, but is of role {artifact.manifest['role']!r}. "
                 "Name another stage."
             )
-        return artifact.network
+        return artifact.network if artifact.lm == self.lm else dataclasses.replace(artifact.network, lm=self.lm)
 
-    def params(self, reference: str) -> Params:
-        """Return the parameters of a checkpoint, with its head if it has one."""
-        return self.artifact(reference).params(split_reference(reference)[1], self.mesh)
+    def params(self, reference: str, lm: ConditionalLM | None = None) -> Params:
+        """Return the parameters of a checkpoint, with its head if it has one, for `lm` (default: the run's).
 
-    def trunk(self, reference: str) -> Params:
-        """Return the language-model parameters of a checkpoint of any kind."""
-        return self.artifact(reference).trunk(split_reference(reference)[1], self.mesh)
+        The base is read once and shared by all that stands on it. A whole model gets fresh adapters where `lm` has
+        some.
+
+        Raises:
+          CheckpointError: a whole model is wanted, but the checkpoint holds adapters.
+        """
+        artifact, adapted = self.artifact(reference), (lm or self.lm).config.lora is not None
+        if artifact.lm.config.lora is not None and not adapted:
+            raise CheckpointError(
+                f"{reference!r} holds adapters, which cannot be the start of a stage that trains a whole model. "
+                "Merge it first (`pit-jax convert`), or name a whole model."
+            )
+        if not adapted or artifact.lm.config.lora is not None:
+            return artifact.params(split_reference(reference)[1], self.mesh, self._bases)
+        params = self._read_frozen(reference, artifact)
+        if has_head(artifact.network):
+            return params | {"trunk": lora.join(params["trunk"], self._fresh_adapters)}
+        return lora.join(params, self._fresh_adapters)
+
+    def trunk(self, reference: str, lm: ConditionalLM | None = None) -> Params:
+        """Return the language-model parameters of a checkpoint of any kind; otherwise as `params`."""
+        params = self.params(reference, lm)
+        return params["trunk"] if has_head(self.artifact(reference).network) else params
+
+    def _read_frozen(self, reference: str, artifact: Artifact | External) -> Params:
+        """Return a whole model as it lies under adapters; that of the base is kept, for everything stands on it."""
+        _, snapshot = split_reference(reference)
+        key = base_key(reference, self.directory)
+        if key in self._bases:
+            return self._bases[key]
+        params = frozen(artifact.params(snapshot, self.mesh), self.lm)
+        if reference == self.experiment.base and not has_head(artifact.network):
+            self._bases[key] = params
+        return params
+
+    @functools.cached_property
+    def _fresh_adapters(self) -> Params:
+        """Adapters that change nothing yet, on the run's mesh."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, lora.split(self.shapes(self.lm))[1])
+        return init_sharded(lambda key: lora.split(self.lm.init(key))[1], key_for(self.seed, "adapters"), places)
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """Return what a finished stage reported, None while it is not finished."""

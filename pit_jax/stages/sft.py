@@ -14,7 +14,7 @@ from pit_jax.data.collate import all_batches, collator_for
 from pit_jax.losses.cross_entropy import cross_entropy
 from pit_jax.models.api import ConditionalLM
 from pit_jax.stages.run import Run
-from pit_jax.stages.supervised import Trainer, Training, fresh_params, mean_over, train, with_loss
+from pit_jax.stages.supervised import Trainer, Training, initial_params, mean_over, train, with_loss
 from pit_jax.train.loop import finished
 from pit_jax.train.step import Objective
 
@@ -47,35 +47,27 @@ class Sft:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics."""
-        directory = run.begin(self, run.lm, snapshots={})
-        params = fresh_params(run, run.lm, self.name) if self.init_from is None else run.language_model(self.init_from)
-        train_language_model(run, self.name, f"sft_{self.role}", self.training, self.z_loss, params)
-        return finished(directory) or {}
-
-
-def train_language_model(
-    run: Run, name: str, view: Literal["sft_policy", "sft_improver"], training: Training, z_loss: float, params: Params
-) -> None:
-    """Train on the {inputs, targets} examples of a view; the validation split's cross-entropy is the evaluation."""
-    collator = collator_for(
-        view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches, packing=training.packing
-    )
-    held_out = collator_for(view, run.codec, batch_size=training.batch_size, micro_batches=None, packing=None)
-    parts = list(all_batches(run.examples(view, "validation", limit=training.evaluation_records), held_out))
-    objective = likelihood(run.lm, z_loss)
-    train(
-        Trainer(
+        lm, view, training = run.lm_of(self), f"sft_{self.role}", self.training
+        directory = run.begin(self, lm, snapshots={})
+        collator = collator_for(
+            view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches,
+            packing=training.packing,
+        )  # fmt: skip
+        held_out = collator_for(view, run.codec, batch_size=training.batch_size, micro_batches=None, packing=None)
+        parts = list(all_batches(run.examples(view, "validation", limit=training.evaluation_records), held_out))
+        objective = likelihood(lm, self.z_loss)
+        trainer = Trainer(
             run=run,
-            name=name,
-            network=run.lm,
+            name=self.name,
+            network=lm,
             objective=objective,
             training=training,
             collator=collator,
-            source=run.source(view, "train", stream=name),
+            source=run.source(view, "train", stream=self.name),
             evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
-        ),
-        params,
-    )
+        )
+        train(trainer, initial_params(run, self))
+        return finished(directory) or {}
 
 
 def likelihood(lm: ConditionalLM, z_loss: float) -> Objective:

@@ -17,8 +17,8 @@ from pit_jax.core.types import Comparisons, Params
 from pit_jax.data.collate import Collator, take_batch
 from pit_jax.data.pack import Packing
 from pit_jax.data.source import Source
+from pit_jax.models.trained import Network, divide, whole
 from pit_jax.sharding.place import init_sharded, put_batch, replicated
-from pit_jax.stages.artifact import Network
 from pit_jax.stages.run import Run
 from pit_jax.train import state as train_state
 from pit_jax.train.loop import TOKENS, Loop, RunFiles, fit
@@ -70,21 +70,24 @@ class SupervisedProgram:
         evaluate: Callable[[Params], dict[str, float]],
         key_stream: tuple[int, str],
         mesh: Mesh,
+        frozen: Params | None,
     ) -> None:
         self._source, self._collator, self._step = source, collator, step
         self._evaluate, self._key_stream, self._mesh = evaluate, key_stream, mesh
+        self._frozen = frozen
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Take the next batch and do one update."""
         batch = take_batch(self._source, self._collator)
         tokens = Metric(np.float32(count_tokens(batch)), np.float32(1))
         seed, stream = self._key_stream
-        state, metrics = self._step(state, put_batch(batch, self._mesh, row_axis=1), key_for(seed, stream, step))
+        placed, key = put_batch(batch, self._mesh, row_axis=1), key_for(seed, stream, step)
+        state, metrics = self._step(state, placed, key, self._frozen)
         return state, metrics | {TOKENS: tokens}
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Return held-out metrics."""
-        return self._evaluate(state.params)
+        return self._evaluate(whole(self._frozen, state.params))
 
     def snapshot(self) -> dict[str, Any]:
         """Return the data position."""
@@ -115,10 +118,11 @@ class Trainer:
     evaluate: Callable[[Params], dict[str, float]]
 
 
-def train(trainer: Trainer, params: Params) -> TrainState:
-    """Train `params` (a host or device tree) as the trainer says; resume if there is something to resume."""
+def train(trainer: Trainer, params: Params) -> Params:
+    """Train `params` as the trainer says, and return them trained; resume if there is something to resume."""
     run, training = trainer.run, trainer.training
-    state, shardings = initial_state(run, trainer.network, params, training.optimizer, training.loop.steps)
+    frozen, trained = divide(trainer.network, params)
+    state, shardings = initial_state(run, trainer.network, trained, training.optimizer, training.loop.steps)
     step = make_step(trainer.objective, training.optimizer, steps=training.loop.steps, shardings=shardings)
     program = SupervisedProgram(
         source=trainer.source,
@@ -127,8 +131,10 @@ def train(trainer: Trainer, params: Params) -> TrainState:
         evaluate=trainer.evaluate,
         key_stream=(run.seed, f"{trainer.name}/dropout"),
         mesh=run.mesh,
+        frozen=frozen,
     )
-    return fit(program, state, training.loop, run_files(run, trainer.name))
+    state = fit(program, state, training.loop, run_files(run, trainer.name))
+    return whole(frozen, state.params)
 
 
 def run_files(run: Run, name: str) -> RunFiles:
@@ -143,20 +149,35 @@ def run_files(run: Run, name: str) -> RunFiles:
 
 
 def initial_state(
-    run: Run, network: Network, params: Params, optimizer: Optimizer, steps: int
+    run: Run, network: Network, trained: Params, optimizer: Optimizer, steps: int
 ) -> tuple[TrainState, TrainState]:
-    """Return the state before the first update and its shardings, both on the run's mesh."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, run.shapes(network))
+    """Return the state before the first update and its shardings, both on the run's mesh.
+
+    Args:
+      run: the run.
+      network: what is trained.
+      trained: the trained part of its parameters (`models.trained.divide`).
+      optimizer: how it is trained.
+      steps: number of updates.
+    """
+    _, shapes = divide(network, run.shapes(network))
+    places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     transform = build(optimizer, steps)
-    shapes = train_state.abstract(run.shapes(network), transform)
-    shardings = train_state.shardings(shapes, places, transform)
-    return train_state.create(jax.device_put(params, places), transform, shardings), shardings
+    shardings = train_state.shardings(train_state.abstract(shapes, transform), places, transform)
+    return train_state.create(jax.device_put(trained, places), transform, shardings), shardings
 
 
 def fresh_params(run: Run, network: Network, name: str) -> Params:
     """Return newly drawn parameters, made where they belong."""
     places = jax.tree.map(lambda leaf: leaf.sharding, run.shapes(network))
     return init_sharded(network.init, key_for(run.seed, f"{name}/init"), places)
+
+
+def initial_params(run: Run, stage: Any) -> Params:
+    """Return what a language-model stage starts from: `init_from`, else the base of its adapters, else fresh ones."""
+    lm = run.lm_of(stage)
+    start = stage.init_from or (None if run.experiment.is_whole(stage) else run.experiment.base)
+    return fresh_params(run, lm, stage.name) if start is None else run.language_model(start, lm=lm)
 
 
 def mean_over(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,26 @@ from jaxtyping import Array, Scalar
 from pit_jax.core import metric
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.types import Params
+from pit_jax.models.trained import whole
 from pit_jax.train.optim import Optimizer, build, learning_rate
 from pit_jax.train.state import TrainState
 
 Batch = Any
 Objective = Callable[[Params, Batch, jax.Array], tuple[Metric, Metrics]]
-Step = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+
+
+class Step(Protocol):
+    """One update; see `make_step`."""
+
+    def __call__(
+        self, state: TrainState, batch: Batch, key: jax.Array, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """Return the new state and the metrics; `state` is donated, `frozen` is not."""
+        ...
 
 
 def make_step(objective: Objective, optimizer: Optimizer, *, steps: int, shardings: TrainState | None = None) -> Step:
-    """Return the jitted step `(state, batch, key) -> (state, metrics)`; `state` is donated.
+    """Return the jitted step `(state, batch, key, frozen=None) -> (state, metrics)`; `state` is donated.
 
     With micro-batches a = 1..A, each giving a total L_a and a weight w_a, the update follows
 
@@ -30,6 +40,9 @@ def make_step(objective: Objective, optimizer: Optimizer, *, steps: int, shardin
 
     so cutting a batch differently, packing it, or spreading it over devices changes nothing but rounding.
     If the loss or the norm of g is not finite, the state is returned as it was, and `loss_is_finite` is 0.
+
+    `state.params` may be a part of the objective's parameters, such as adapters: `frozen` then holds the others,
+    which get no gradient, no optimiser state and no copy.
 
     Every leaf of `batch` has a leading axis A of micro-batches (1 for none). Micro-batch a gets
     `fold_in(key, a)`.
@@ -45,8 +58,13 @@ def make_step(objective: Objective, optimizer: Optimizer, *, steps: int, shardin
     """
     transform, rate = build(optimizer, steps), learning_rate(optimizer, steps)
 
-    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        loss, metrics, summed = _accumulate(objective, state.params, batch, key)
+    def step(
+        state: TrainState, batch: Batch, key: jax.Array, frozen: Params | None = None
+    ) -> tuple[TrainState, Metrics]:
+        def of_trained(params: Params, part: Batch, key: jax.Array) -> tuple[Metric, Metrics]:
+            return objective(whole(frozen, params), part, key)
+
+        loss, metrics, summed = _accumulate(of_trained, state.params, batch, key)
         if shardings is not None:
             summed = jax.lax.with_sharding_constraint(summed, shardings.params)
         divisor = jnp.where(loss.weight > 0, loss.weight, 1.0)

@@ -15,7 +15,7 @@ RIM = {"gin-config", "importlib-resources", "seqio", "tensorflow", "tensorflow-d
 # Import names that differ from the distribution's.
 DISTRIBUTIONS = {"array_record": "array-record", "gin": "gin-config", "orbax": "orbax-checkpoint"}
 # Imported lazily, and only where the user asks for what they do.
-OPTIONAL = {"clu", "hypothesis", "pytest", "tensorboard", "torch", "transformers", "wandb"}
+OPTIONAL = {"clu", "huggingface_hub", "hypothesis", "pytest", "tensorboard", "torch", "transformers", "wandb"}
 
 
 def _name(requirement: str) -> str:
