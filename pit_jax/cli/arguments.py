@@ -156,6 +156,11 @@ def _add_gin(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gin_search_paths", type=_comma_list, default=(), metavar="DIR,DIR", help="further folders with gin files",
     )  # fmt: skip
+    group.add_argument("--tfds_data_dir", metavar="DIR", help="where TensorFlow Datasets keeps its data sets")
+    group.add_argument(
+        "--seqio_additional_cache_dirs", type=_comma_list, default=(), metavar="DIR,DIR",
+        help="folders with caches of SeqIO tasks; a task that has one is read from there",
+    )  # fmt: skip
     group.add_argument("--print_config", action="store_true", help="print the configuration in force and stop")
 
 
@@ -182,16 +187,20 @@ def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
 
 def _add_convert(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
     parser = verb("convert", "turn a checkpoint into another format", f"{_STAGES}convert", _CONVERT_EXAMPLE)
-    parser.add_argument("--input", required=True, metavar="CHECKPOINT", help="what is read; see above")
+    parser.add_argument("--input", required=True, metavar="CHECKPOINT", help="what is read; see below")
     parser.add_argument("--output", required=True, metavar="DIR", help="a directory that does not exist yet")
     parser.add_argument(
         "--format", choices=("hf", "t5x", "peft", "pit"), default="hf",
         help="hf: Hugging Face, adapters merged (default); peft: adapters alone; t5x; pit: ours",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the tensors (default: as read)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the tensors (default: as read; float16 is read as float32)",
+    )
     parser.add_argument("--base", metavar="DIR", help="the model a PEFT adapter stands on; with --format=peft its name")
     parser.add_argument("--config", metavar="FILE", help="JSON description of a T5X network (network, model, config)")
-    parser.add_argument("--max_shard_size", type=int, metavar="BYTES", help="of a safetensors file (default: 50 GB)")
+    parser.add_argument("--max_shard_size", type=int, metavar="BYTES", help="of a safetensors file (default: 5 GB)")
     parser.add_argument(
         "--layout", choices=("orbax", "legacy"), default="orbax", help="of a T5X checkpoint (default: orbax)"
     )

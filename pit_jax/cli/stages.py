@@ -35,7 +35,22 @@ def build_recipe(args: argparse.Namespace, defaults: tuple[str, ...] = ()) -> tu
         defaults=defaults,
     )
     built = build(source, ROOT)
+    _use_folders(args)
     return built.value, built.text
+
+
+def _use_folders(args: argparse.Namespace) -> None:
+    """Tell TFDS and SeqIO where data are; without such flags neither is imported."""
+    if args.tfds_data_dir is None and not args.seqio_additional_cache_dirs:
+        return
+    try:
+        from pit_jax.data.seqio_runtime import use_folders
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--tfds_data_dir and --seqio_additional_cache_dirs are for SeqIO, which is not installed here ({error}). "
+            "Leave them out, or install seqio."
+        ) from error
+    use_folders(args.tfds_data_dir, args.seqio_additional_cache_dirs)
 
 
 def pipeline(args: argparse.Namespace) -> None:

@@ -123,8 +123,15 @@ def _elements(task: str, split: str, features: Sequence[str] = ()) -> Iterator[d
     # A mixture keeps declared features only, and goes on for ever, unless told otherwise.
     undeclared = [name for name in features if name not in provider.output_features]
     mixture: dict[str, Any] = {"passthrough_features": undeclared} if isinstance(provider, seqio.Mixture) else {}
+    tasks = provider.tasks if isinstance(provider, seqio.Mixture) else [provider]
     with unmarked():
         dataset: tf.data.Dataset = provider.get_dataset(
-            None, split=split, shuffle=False, num_epochs=1, trim_output_features=False, **mixture
+            None,
+            split=split,
+            use_cached=all(part.cache_dir for part in tasks),
+            shuffle=False,
+            num_epochs=1,
+            trim_output_features=False,
+            **mixture,
         )
         yield from dataset.as_numpy_iterator()  # pyright: ignore[reportReturnType]

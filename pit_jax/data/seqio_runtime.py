@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pit_jax.core.errors import DataError, PitError
 
@@ -44,7 +44,21 @@ with _without_chatter():
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], _kind)
 
-__all__ = ["marked", "seqio", "tf", "unmarked"]
+__all__ = ["marked", "seqio", "tf", "unmarked", "use_folders"]
+
+
+def use_folders(tfds_data_dir: str | None, cache_dirs: Sequence[str]) -> None:
+    """Say where TFDS keeps its data sets (None: as it was), and where else SeqIO may find caches of tasks.
+
+    Raises:
+      DataError: there is no such folder for caches.
+    """
+    missing = [folder for folder in cache_dirs if not tf.io.gfile.isdir(folder)]
+    if missing:
+        raise DataError(f"--seqio_additional_cache_dirs names {missing[0]}, which is no folder. Correct the path.")
+    if tfds_data_dir is not None:
+        seqio.set_tfds_data_dir_override(tfds_data_dir)
+    seqio.add_global_cache_dirs(cache_dirs)
 
 
 @contextlib.contextmanager

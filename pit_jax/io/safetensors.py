@@ -202,7 +202,10 @@ def _no_weights(directory: epath.Path) -> str:
             "safe_serialization=True)."
         )
     if "adapter_model.safetensors" in names:
-        return f"{directory} holds an adapter, not a model. Name the directory of its base, and the adapter as such."
+        return (
+            f"{directory} holds an adapter, not a model. Name the directory of its base, or make one model of the two: "
+            "pit-jax convert --input=ADAPTER --base=BASE --output=DIR."
+        )
     return f"{directory} holds no weights: neither {SINGLE} nor {INDEX}. It has {listed(names) or 'no files'}."
 
 

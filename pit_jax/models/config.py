@@ -13,6 +13,9 @@ DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_with_no_batch_dims")
 QUANTISED = ("int8",)
 
+HOW_IT_RUNS = frozenset({"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk"})
+"""Fields that say how a network is computed or trained, not which function it is."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

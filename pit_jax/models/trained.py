@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 
@@ -22,6 +25,18 @@ def has_head(network: Network) -> bool:
 def language_model_of(network: Network) -> ConditionalLM:
     """Return the language model inside a network."""
     return network.lm if isinstance(network, ScalarModel | ValueModel) else network
+
+
+def reconfigured(network: Network, **fields: Any) -> Network:
+    """Return a network with some fields of its language model's config replaced.
+
+    Raises:
+      ConfigError: a value is out of range.
+    """
+    if isinstance(network, ScalarModel | ValueModel):
+        return dataclasses.replace(network, lm=reconfigured(network.lm, **fields))
+    # Every language model is made of its config alone.
+    return type(network)(dataclasses.replace(network.config, **fields))  # pyright: ignore[reportCallIssue]
 
 
 def abstract_params(network: Network, mesh: Mesh | None) -> Params:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 from etils import epath
@@ -14,12 +15,10 @@ from pit_jax.core.types import Params
 from pit_jax.io import files, serialize
 from pit_jax.io.checkpoint import Checkpoints
 from pit_jax.models.api import ConditionalLM
-from pit_jax.models.config import ModelConfig
+from pit_jax.models.config import HOW_IT_RUNS, ModelConfig
 from pit_jax.models.convert import pretrained
-from pit_jax.models.heads import ScalarModel, ValueModel
-from pit_jax.models.presets.catalog import language_model
 from pit_jax.models.quantised import quantise
-from pit_jax.models.trained import Network, abstract_params, divide, has_head, language_model_of, whole
+from pit_jax.models.trained import Network, abstract_params, divide, has_head, language_model_of, reconfigured, whole
 from pit_jax.stages.external import External
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
@@ -30,6 +29,7 @@ RESULT = "result.json"
 SNAPSHOTS = "snapshots"
 RESPONSES = "responses"
 ORDER = "stages.json"
+RUN = "run.json"
 
 
 def nothing_made(stage: epath.Path) -> bool:
@@ -67,10 +67,6 @@ def changes(old: Any, new: Any) -> list[str]:
     """Return a line for every difference of two configurations that makes them different runs."""
     found = serialize.differences(old, new)
     return [line for line in found if HARMLESS.isdisjoint(line.partition(": ")[0].split("."))]
-
-
-HOW_IT_RUNS = frozenset({"remat", "scan_layers", "dtype", "param_dtype", "logprob_chunk", "dropout"})
-"""Fields of a model's config that a run may set otherwise than the checkpoint it starts from."""
 
 
 def other_model(old: Any, new: Any) -> list[str]:
@@ -133,11 +129,8 @@ class Artifact:
     def network(self) -> Network:
         """The network whose parameters the checkpoints hold."""
         network: Network = serialize.from_json(self.manifest["network"])
-        config = language_model_of(network).config
-        if not self._in_floats or config.quantised is None:
-            return network
-        lm = language_model(dataclasses.replace(config, quantised=None))
-        return dataclasses.replace(network, lm=lm) if isinstance(network, ScalarModel | ValueModel) else lm
+        quantised = language_model_of(network).config.quantised
+        return reconfigured(network, quantised=None) if self._in_floats and quantised else network
 
     @functools.cached_property
     def codec(self) -> Codec:
@@ -229,6 +222,28 @@ def open_checkpoint(place: str, like: ModelConfig) -> Artifact | External:
     if not (epath.Path(place) / MANIFEST).exists() and pretrained.is_checkpoint(place):
         return External(place, like)
     return Artifact(place)
+
+
+def find_stage(path: epath.PathLike, *, in_floats: bool = False) -> tuple[Artifact, str | None] | None:
+    """Return the stage and snapshot that `RUN/STAGE` or `RUN/STAGE:SNAPSHOT` names, None if it names something else.
+
+    Raises:
+      CheckpointError: it names a whole run, or a snapshot of something that is no stage.
+    """
+    text = os.fspath(path)
+    place, snapshot = (text, None) if epath.Path(text).exists() else split_reference(text)
+    directory = epath.Path(place)
+    if (directory / MANIFEST).exists():
+        return Artifact(directory, in_floats=in_floats), snapshot
+    if (directory / RUN).exists():
+        names = [stage.name for stage in finished_stages(directory) if any(stage.glob("checkpoint_*"))]
+        raise CheckpointError(
+            f"{directory} is a whole run. Name one of its stages: "
+            f"{', '.join(f'{directory}/{name}' for name in names) or 'none is finished yet'}."
+        )
+    if snapshot is not None and directory.exists():
+        raise CheckpointError(f"{directory} is no stage of a run, so it has no snapshot {snapshot!r}. Name it alone.")
+    return None
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:

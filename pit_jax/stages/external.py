@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError
+from pit_jax.core.hub import locate
 from pit_jax.core.types import Params
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.config import ModelConfig
@@ -23,9 +25,9 @@ class External:
     """
 
     def __init__(self, place: str, like: ModelConfig) -> None:
-        self.directory = pretrained.locate(place)
+        self.directory = locate(place)
         self.network: Network = pretrained.read_network(self.directory, like=like)
-        self.manifest: dict[str, Any] = {"verb": "", "role": "", "files": pretrained.file_sizes(self.directory)}
+        self.manifest = manifest_of(self.directory)
 
     @property
     def lm(self) -> ConditionalLM:
@@ -50,3 +52,8 @@ class External:
         """Return the language-model parameters."""
         params = self.params(snapshot, mesh, bases)
         return params["trunk"] if has_head(self.network) else params
+
+
+def manifest_of(directory: epath.Path) -> dict[str, Any]:
+    """Return what stands for the manifest that a stage's directory has."""
+    return {"verb": "", "role": "", "files": pretrained.file_sizes(directory)}

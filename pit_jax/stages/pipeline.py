@@ -118,8 +118,9 @@ class Recipe:
         if source is None:
             if (epath.Path(self.model_dir) / place / MANIFEST).exists() and place not in {s.name for s in self.stages}:
                 return  # made by another recipe of the same run
+            path = f" For the directory of that name write './{place}'." if epath.Path(place).exists() else ""
             raise ConfigError(
-                f"The stage {name!r} needs {place!r}, but no stage before it has that name.{nearest(place, made)}"
+                f"The stage {name!r} needs {place!r}, but no stage before it has that name.{path}{nearest(place, made)}"
             )
         kept = source.kept() if isinstance(source, Rl) else {}
         if snapshot is not None and snapshot not in kept:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.errors import ConfigError, DataError, invalid
+from pit_jax.core.hub import locate
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Conditional, Params, Prompts
 from pit_jax.decode.batches import row_keys
@@ -23,10 +23,10 @@ from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.convert import pretrained
 from pit_jax.models.decoder_only import DecoderOnly
-from pit_jax.models.encoder_decoder import EncoderDecoder
-from pit_jax.models.heads import ScalarModel
-from pit_jax.models.trained import Network, language_model_of
-from pit_jax.stages.artifact import MANIFEST, Artifact, split_reference
+from pit_jax.models.heads import ScalarModel, ValueModel
+from pit_jax.models.seq2seq import Seq2Seq
+from pit_jax.models.trained import Network, has_head, language_model_of
+from pit_jax.stages.artifact import Artifact, find_stage
 from pit_jax.text.codec import PromptRow, rows_to_prompts
 from pit_jax.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -69,30 +69,47 @@ class Pretrained:
 
         Raises:
           ConfigError: the arguments are not those of this kind of model.
+          DataError: ids are not rows of one length, or lie outside the vocabulary; a mask has another shape.
         """
-        tokens = jnp.asarray(input_ids, jnp.int32)
-        mask = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask) > 0
-        model, encodes = self.model, isinstance(language_model_of(self.model), EncoderDecoder)
+        model, vocabulary = self.model, language_model_of(self.model).config.vocab_size
+        kind = type(model).__name__
+        if isinstance(model, Seq2Seq) != (decoder_input_ids is not None):
+            rule = f"be {'given' if isinstance(model, Seq2Seq) else 'left out'} for a model of the kind {kind}"
+            raise invalid("logits.decoder_input_ids", _shape(decoder_input_ids), rule, "Change the call.")
+        if prefix is not None and not isinstance(model, DecoderOnly):
+            rule = f"be left out for a model of the kind {kind}"
+            raise invalid("logits.prefix", _shape(prefix), rule, "It is for decoder-only models.")
+        tokens = _token_rows("input_ids", input_ids, vocabulary)
+        everything = np.ones(tokens.shape, bool)
+        mask = everything if attention_mask is None else _mask("attention_mask", attention_mask, tokens)
         if isinstance(model, ScalarModel):
             return _scores(self.params, tokens, mask, model)
-        if encodes != (decoder_input_ids is not None):
-            rule = "be given for an encoder-decoder" if encodes else "be left out for a decoder-only model"
-            raise invalid("logits.decoder_input_ids", decoder_input_ids, rule, "Change the call.")
-        if isinstance(model, EncoderDecoder):
-            if prefix is not None:
-                fix = "Its encoder attends in both directions anyway."
-                raise invalid("logits.prefix", prefix, "be left out for an encoder-decoder", fix)
-            return _decoder_logits(self.params, tokens, mask, jnp.asarray(decoder_input_ids, jnp.int32), model)
+        if isinstance(model, Seq2Seq):
+            decoder = _token_rows("decoder_input_ids", decoder_input_ids, vocabulary)
+            if len(decoder) != len(tokens):
+                raise DataError(
+                    f"decoder_input_ids has {len(decoder)} rows, and input_ids {len(tokens)}. Give as many."
+                )
+            return _decoder_logits(self.params, tokens, mask, decoder, model)
         assert isinstance(model, DecoderOnly)
-        seen = None if prefix is None else jnp.asarray(prefix) > 0
+        seen = None if prefix is None else _mask("prefix", prefix, tokens)
         return _logits(self.params, tokens, mask, seen, model)
 
     @overload
-    def generate(self, prompts: str, attention_mask: None = None, **settings: Any) -> str: ...
+    def generate(
+        self, prompts: str, attention_mask: None = None,
+        *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+    ) -> str: ...  # fmt: skip
     @overload
-    def generate(self, prompts: Sequence[str], attention_mask: None = None, **settings: Any) -> list[str]: ...
+    def generate(
+        self, prompts: Sequence[str], attention_mask: None = None,
+        *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+    ) -> list[str]: ...  # fmt: skip
     @overload
-    def generate(self, prompts: Any, attention_mask: Any = None, **settings: Any) -> list[list[int]]: ...
+    def generate(
+        self, prompts: Any, attention_mask: Any = None,
+        *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+    ) -> list[list[int]]: ...  # fmt: skip
     def generate(
         self,
         prompts: Any,
@@ -119,16 +136,18 @@ class Pretrained:
           seed: of the samples; row b depends on (seed, b) alone.
 
         Raises:
-          DataError: there is no tokenizer for texts, or a prompt is empty.
+          ConfigError: the model scores sequences, and writes none.
+          DataError: there is no tokenizer for texts, a prompt is empty, or ids are not rows of the vocabulary's ids.
         """
-        if isinstance(prompts, str):
-            return self._texts(
-                [prompts], max_new_tokens, Sampling(temperature=temperature, top_k=top_k, top_p=top_p), seed
-            )[0]
+        if has_head(self.model):
+            raise ConfigError(f"A {type(self.model).__name__} scores sequences and writes none. Call logits().")
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        if isinstance(prompts, str):
+            return self._texts([prompts], max_new_tokens, sampling, seed)[0]
         if len(prompts) and isinstance(prompts[0], str):
             return self._texts(prompts, max_new_tokens, sampling, seed)
-        return self._ids(_rows(prompts, attention_mask), max_new_tokens, sampling, seed)
+        rows = _rows(prompts, attention_mask, language_model_of(self.model).config.vocab_size)
+        return self._ids(rows, max_new_tokens, sampling, seed)
 
     def _texts(self, texts: Sequence[str], max_new: int, sampling: Sampling, seed: int) -> list[str]:
         tokenizer = self.tokenizer
@@ -180,21 +199,16 @@ def load_pretrained(
     Raises:
       CheckpointError, ConfigError, DataError: the directory is not what it should be; nothing was loaded then.
     """
-    place, snapshot = _split(path_or_name)
-    if (epath.Path(place) / MANIFEST).exists():
-        return _of_stage(Artifact(place), snapshot, config, dtype, mesh)
-    directory = pretrained.locate(path_or_name)
+    stage = find_stage(path_or_name)
+    if stage is not None:
+        return _of_stage(*stage, config, dtype, mesh)
+    directory = locate(path_or_name)
     network = pretrained.read_network(directory, config=config, dtype=dtype)
     tokenizer = find_tokenizer(directory)
     _check_vocabulary(directory, network, tokenizer)
     params = pretrained.load(directory, network, mesh)
     eos_ids = pretrained.eos_ids(directory) if tokenizer is None else tokenizer.eos_ids
     return Pretrained(network, params, tokenizer, eos_ids)
-
-
-def _split(path_or_name: epath.PathLike) -> tuple[str, str | None]:
-    place = os.fspath(path_or_name)
-    return (place, None) if epath.Path(place).exists() else split_reference(place)
 
 
 def _of_stage(
@@ -206,8 +220,11 @@ def _of_stage(
             "convert it first with `pit-jax convert`."
         )
     tokenizer = find_tokenizer(artifact.directory / "tokenizer")
-    params = artifact.params(snapshot, mesh)
-    return Pretrained(artifact.network, params, tokenizer, () if tokenizer is None else tokenizer.eos_ids)
+    eos_ids = () if tokenizer is None else tokenizer.eos_ids
+    if isinstance(artifact.network, ValueModel):
+        # Its scores of tokens were of use in training alone.
+        return Pretrained(artifact.lm, artifact.trunk(snapshot, mesh), tokenizer, eos_ids)
+    return Pretrained(artifact.network, artifact.params(snapshot, mesh), tokenizer, eos_ids)
 
 
 def _check_vocabulary(directory: epath.Path, network: Network, tokenizer: Tokenizer | None) -> None:
@@ -219,12 +236,40 @@ def _check_vocabulary(directory: epath.Path, network: Network, tokenizer: Tokeni
         )
 
 
-def _rows(prompts: Any, attention_mask: Any) -> list[Ids]:
+def _rows(prompts: Any, attention_mask: Any, vocabulary: int) -> list[Ids]:
     """Return rows of ids without padding."""
-    if attention_mask is None:
-        return [[int(token) for token in row] for row in prompts]
-    tokens, mask = np.asarray(prompts), np.asarray(attention_mask) > 0
-    return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    if attention_mask is not None:
+        tokens = _token_rows("prompts", prompts, vocabulary)
+        mask = _mask("attention_mask", attention_mask, tokens)
+        return [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    return [_token_rows(f"prompts[{number}]", [row], vocabulary)[0].tolist() for number, row in enumerate(prompts)]
+
+
+def _token_rows(name: str, ids: Any, vocabulary: int) -> Int[np.ndarray, "B L"]:
+    """Return rows of ids as an array; beyond the vocabulary, an embedding would answer with NaN."""
+    try:
+        tokens = np.asarray(ids)
+    except ValueError:  # Rows of different lengths.
+        tokens = np.zeros(0)
+    if tokens.ndim != 2 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise DataError(f"{name} must be token ids in rows of one length, [[...], ...]. Pad them, and give their mask.")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise DataError(
+            f"{name} has ids from {tokens.min()} to {tokens.max()}, and the model's vocabulary has {vocabulary}. "
+            "Use the checkpoint's own tokenizer; pad with any id of it."
+        )
+    return tokens.astype(np.int32)
+
+
+def _mask(name: str, mask: Any, tokens: Int[np.ndarray, "B L"]) -> Bool[np.ndarray, "B L"]:
+    if np.shape(mask) != tokens.shape:
+        raise DataError(f"{name} has the shape {_shape(mask)}, the ids have {tokens.shape}. Give one number for each.")
+    return np.asarray(mask) > 0
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return an argument's shape, for errors."""
+    return None if value is None else np.shape(value)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -233,14 +278,14 @@ def _logits(params: Params, tokens: Array, mask: Array, prefix: Array | None, mo
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _decoder_logits(params: Params, tokens: Array, mask: Array, decoder: Array, model: EncoderDecoder) -> Array:
+def _decoder_logits(params: Params, tokens: Array, mask: Array, decoder: Array, model: Seq2Seq) -> Array:
     return model.logits(params, tokens, mask, decoder)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _scores(params: Params, tokens: Array, mask: Array, model: ScalarModel) -> Array:
-    """Return the scores of sequences without a prompt."""
-    nothing = jnp.zeros((tokens.shape[0], 0), jnp.int32)
+    """Return the scores of sequences without a prompt, for which there is one place of padding."""
+    nothing = jnp.zeros((tokens.shape[0], 1), jnp.int32)
     x = Conditional(
         prompt=nothing,
         prompt_segments=nothing,

@@ -29,7 +29,7 @@ from pit_jax.stages.rl_program import Frozen, HeldOut, Parts, RlProgram
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import initial_state, run_files
 from pit_jax.train.loop import Loop, finished, fit
-from pit_jax.train.optim import Optimizer
+from pit_jax.train.optim import Optimizer, learning_rate
 from pit_jax.train.step import make_step
 
 ROLES = ("policy", "improver")
@@ -108,6 +108,7 @@ class Rl:
             rule = f"name a policy stage, because a round has references {sorted(sampled)}"
             raise invalid("Rl.policy", self.policy, rule, "Set it, for example to 'rl_policy'.")
         self.curriculum.check_contexts(self.training.contexts)
+        learning_rate(self.training.optimizer, self.curriculum.steps * self.rl.updates)
         late = [step for step in self.snapshots if not 0 < step <= self.curriculum.steps]
         if late:
             rule = f"lie in 1..{self.curriculum.steps}, the steps of all rounds"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ from pit_jax.io import files, serialize
 from pit_jax.models import lora
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.config import ModelConfig
+from pit_jax.models.convert import pretrained
 from pit_jax.models.heads import ScalarModel
 from pit_jax.models.presets.catalog import language_model
 from pit_jax.models.trained import Network, abstract_params, has_head
@@ -44,6 +46,7 @@ from pit_jax.sharding.place import init_sharded
 from pit_jax.stages.artifact import (
     MANIFEST,
     RESULT,
+    RUN,
     Artifact,
     base_key,
     changes,
@@ -56,7 +59,7 @@ from pit_jax.stages.artifact import (
     other_model,
     split_reference,
 )
-from pit_jax.stages.external import External
+from pit_jax.stages.external import External, manifest_of
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece
@@ -166,7 +169,7 @@ class Run:
           ConfigError: the tokenizer does not fit the model, or the lengths leave no room.
         """
         run = cls(model_dir, seed, experiment)
-        path, wanted = run.directory / "run.json", {"seed": seed, "experiment": serialize.to_json(experiment)}
+        path, wanted = run.directory / RUN, {"seed": seed, "experiment": serialize.to_json(experiment)}
         if path.exists() and changes(files.read_json(path), serialize.to_json(wanted)) and run.is_empty():
             path.unlink()
             if (run.directory / TOKENIZER).exists():
@@ -283,7 +286,7 @@ class Run:
             "templates": serialize.to_json(self.codec.templates),
             "lengths": serialize.to_json(self.codec.lengths),
             "tokenizer": self.tokenizer.fingerprint(),
-            "base": None if self.experiment.is_whole(stage) else self.experiment.base,
+            "base": None if self.experiment.is_whole(stage) else _absolute(self.experiment.base),
             "inputs": {
                 reference: files.json_hash(self.artifact(reference).manifest)
                 for reference in self.experiment.inputs(stage)
@@ -318,12 +321,19 @@ class Run:
         if found:
             raise CheckpointError(different(directory, f"stage {stage.name!r}", found))
         for reference, before in manifest["inputs"].items():
-            path = self._place(reference) / MANIFEST
-            if path.exists() and files.json_hash(files.read_json(path)) != before:
+            now = self._manifest(reference)
+            if now is not None and files.json_hash(now) != before:
                 raise CheckpointError(
-                    f"{directory} was made from another {reference!r} than {path.parent} holds now. "
-                    f"Delete {directory} to make it anew, or bring that stage back."
+                    f"{directory} was made from another {reference!r} than {self._place(reference)} holds now. "
+                    f"Delete {directory} to make it anew, or bring that back."
                 )
+
+    def _manifest(self, reference: str) -> dict[str, Any] | None:
+        """Return the manifest of what a reference names, None where there is nothing of the kind any more."""
+        place = self._place(reference)
+        if (place / MANIFEST).exists():
+            return files.read_json(place / MANIFEST)
+        return manifest_of(place) if place.exists() and pretrained.is_checkpoint(str(place)) else None
 
     def lm_of(self, stage: Any) -> ConditionalLM:
         """Return the language model that a stage trains, with or without adapters."""
@@ -452,6 +462,15 @@ class Run:
     def shapes(self, network: Network) -> Params:
         """Return abstract parameters with their places on the run's mesh."""
         return abstract_params(network, self.mesh)
+
+
+def _absolute(reference: str | None) -> str | None:
+    """Return a reference that holds from any working directory: a local path is written out."""
+    place, snapshot = split_reference(reference or "")
+    if "/" not in place or "://" in place or not epath.Path(place).exists():
+        return reference
+    path = os.path.abspath(place)
+    return path if snapshot is None else f"{path}:{snapshot}"
 
 
 def _partial(directory: epath.Path) -> epath.Path:

@@ -22,7 +22,7 @@ from pit_jax.sharding.place import init_sharded, put_batch, replicated
 from pit_jax.stages.run import Run
 from pit_jax.train import state as train_state
 from pit_jax.train.loop import TOKENS, Loop, RunFiles, fit
-from pit_jax.train.optim import Optimizer, build
+from pit_jax.train.optim import Optimizer, build, learning_rate
 from pit_jax.train.state import TrainState
 from pit_jax.train.step import Objective, Step, make_step
 
@@ -45,7 +45,8 @@ class Training:
     evaluation_records: int = 512
 
     def __post_init__(self) -> None:
-        """Check what no other class does."""
+        """Check what no other class does, and that the schedule fits the steps."""
+        learning_rate(self.optimizer, self.loop.steps)
         if self.evaluation_records < 1:
             raise invalid(
                 "Training.evaluation_records",

@@ -20,6 +20,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ import jinja2.sandbox
 from etils import epath
 
 from pit_jax.core.errors import DataError, invalid
+from pit_jax.core.hub import is_hub_name, locate
 from pit_jax.text.chat import ChatFormat, Message, as_plain, check_conversation
 from pit_jax.text.special import CHAT_TEMPLATE, TOKENIZER_CONFIG, Facts, read_files
 from pit_jax.text.template import Templates
@@ -315,7 +317,7 @@ def load_chat_template(path: epath.PathLike, *, date: str | None = DATE) -> Chat
     Raises:
       DataError: there is none, or it is no Jinja.
     """
-    place = epath.Path(path)
+    place = locate(path) if is_hub_name(os.fspath(path)) else epath.Path(path)
     if place.is_dir():
         template = find_chat_template(read_files(place), str(place), date=date)
         if template is None:

@@ -16,6 +16,7 @@ from etils import epath
 from sentencepiece import sentencepiece_model_pb2
 
 from pit_jax.core.errors import DataError, invalid
+from pit_jax.core.hub import is_hub_name, locate
 from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 from pit_jax.text.sentencepiece_files import T5_MODEL_FILE, Pieces, SentencePieceFiles
 from pit_jax.text.special import TOKENIZER_CONFIG, Facts, ModelDefaults, read_files
@@ -245,13 +246,13 @@ def load_tokenizer(spec: epath.PathLike) -> Tokenizer:
     Args:
       spec: `bytes`, the path of a SentencePiece .model file, or a directory: one that `save` wrote, a Hugging Face
         checkpoint (`tokenizer.json`, or a .model file with `tokenizer_config.json`), or one that holds exactly one
-        .model file. Remote paths work.
+        .model file. Remote paths and names on the Hugging Face hub work.
     Raises:
       DataError: nothing usable is there, or the directory's model is not the one its metadata describe.
     """
     if spec == "bytes":
         return ByteTokenizer()
-    path = epath.Path(spec)
+    path = locate(spec) if is_hub_name(os.fspath(spec)) else epath.Path(spec)
     if not path.exists():
         raise DataError(
             f"tokenizer = {str(spec)!r}: there is no such file. Give `bytes`, a .model file or a directory with one; "

@@ -19,7 +19,19 @@ from pit_jax.cli.stages import select_stage
 from pit_jax.core.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("pipeline", "lm", "sft", "reward", "rl", "evaluate", "improve", "inspect-data", "cache", "tokenizer")
+VERBS = (
+    "pipeline",
+    "lm",
+    "sft",
+    "reward",
+    "rl",
+    "evaluate",
+    "improve",
+    "convert",
+    "inspect-data",
+    "cache",
+    "tokenizer",
+)
 
 
 @pytest.fixture(autouse=True)

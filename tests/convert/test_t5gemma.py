@@ -20,8 +20,10 @@ from pit_jax.core.types import Prompts
 from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.convert import stream
+from pit_jax.models.convert.hf_export_config import Special
 from pit_jax.models.convert.hf_fields import Fields
 from pit_jax.models.convert.hf_load import load_hf
+from pit_jax.models.convert.hf_save import save_hf
 from pit_jax.models.convert.hf_t5gemma import (
     EXPORTED,
     PICTURES,
@@ -31,6 +33,9 @@ from pit_jax.models.convert.hf_t5gemma import (
     t5gemma_json,
     t5gemma_tensors,
 )
+from pit_jax.models.convert.peft import load_peft, save_peft
+from pit_jax.models.lora import Lora, split
+from pit_jax.models.presets.catalog import language_model
 from pit_jax.models.presets.t5gemma import T5GEMMA as PRESETS
 from pit_jax.models.t5gemma import EncoderSize, T5Gemma, T5GemmaConfig
 
@@ -177,3 +182,34 @@ def test_layers_without_windows_and_matrices_of_their_own() -> None:
     del data["encoder"]
     with pytest.raises(ConfigError, match="encoder = null must be a table"):
         read("t5gemma", data)
+
+
+def test_t5gemma_leaves_as_it_came(tmp_path: Path) -> None:
+    source = RECORDED / "t5gemma"
+    network, params = load_hf(source)
+    config = content("t5gemma")
+    for name, given in (("kept", config), ("written", None)):
+        save_hf(tmp_path / name, network, params, source_config=given, special=Special(pad=0, bos=2, eos=(1,)))
+        ours, theirs = (load_file(path / "model.safetensors") for path in (tmp_path / name, source))
+        assert ours.keys() == theirs.keys()
+        for tensor, value in theirs.items():
+            np.testing.assert_array_equal(ours[tensor], value, err_msg=tensor)
+        assert load_hf(tmp_path / name)[0] == network
+
+
+def test_t5gemma_2_cannot_leave_without_its_pictures(tmp_path: Path) -> None:
+    network, params = load_hf(RECORDED / "t5gemma2")
+    with pytest.raises(ConfigError, match="any Hugging Face family"):
+        save_hf(tmp_path / "out", network, params)
+
+
+@pytest.mark.parametrize("name", ["t5gemma", "t5gemma2"])
+def test_adapters_leave_and_come_back(tmp_path: Path, name: str) -> None:
+    network, _ = load_hf(RECORDED / name)
+    config = dataclasses.replace(network.config, lora=Lora(rank=2, alpha=4.0))
+    lm = language_model(config)
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype), lm.abstract())
+    save_peft(tmp_path / "adapter", params, config, family=name, base_name="base")
+    adapter = load_peft(tmp_path / "adapter", network.config)
+    assert adapter.lora == config.lora
+    assert jax.tree.structure(adapter.params) == jax.tree.structure(split(params)[1])

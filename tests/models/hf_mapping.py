@@ -14,41 +14,13 @@ from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoderConfig
 
 Weights = dict[str, np.ndarray]
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "relu": "relu"}
 
 
 def load(directory: Path) -> tuple[dict[str, Any], Weights, dict[str, np.ndarray]]:
     """Return (config, weights, reference values) of a checkpoint in `tests/data/weights`."""
     config = json.loads((directory / "config.json").read_text())
     return config, dict(np.load(directory / "weights.npz")), dict(np.load(directory / "reference.npz"))
-
-
-def decoder_only_config(hf: dict[str, Any]) -> DecoderOnlyConfig:
-    """Return the config of a Llama, Mistral, Qwen 2, Gemma or Gemma 2 checkpoint."""
-    family = hf["model_type"]
-    gemma, gemma2 = family in ("gemma", "gemma2"), family == "gemma2"
-    return DecoderOnlyConfig(
-        vocab_size=hf["vocab_size"],
-        width=hf["hidden_size"],
-        layers=hf["num_hidden_layers"],
-        heads=hf["num_attention_heads"],
-        kv_heads=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
-        mlp=hf["intermediate_size"],
-        activation=ACTIVATIONS[hf["hidden_activation" if gemma2 else "hidden_act"]],
-        norm_eps=hf["rms_norm_eps"],
-        tied=hf["tie_word_embeddings"],
-        rope_base=hf["rope_parameters"]["rope_theta"],
-        qkv_bias=family == "qwen2",
-        norm_offset=1.0 if gemma else 0.0,
-        post_norms=gemma2,
-        scale_embedding=gemma,
-        attention_scale=hf["query_pre_attn_scalar"] ** -0.5 if gemma2 else None,
-        attention_softcap=hf.get("attn_logit_softcapping"),
-        logit_softcap=hf.get("final_logit_softcapping"),
-        window=hf["sliding_window"] if family in ("gemma2", "mistral") else None,
-        global_every=2 if gemma2 else 0,
-    )
 
 
 def decoder_only_params(config: DecoderOnlyConfig, weights: Weights) -> Params:

@@ -60,3 +60,18 @@ def test_every_module_imports_without_the_rim() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_pretrained_models_load_without_the_rim() -> None:
+    """The everyday interface needs nothing but the core: model, tokenizer, logits and a continuation."""
+    program = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({RIM!r}))\n"
+        "import pit_jax\n"
+        "assert 'jax' not in sys.modules\n"
+        f"model = pit_jax.load_pretrained({str(ROOT / 'tests' / 'data' / 'hf' / 'qwen2')!r})\n"
+        "assert model.logits([[3, 4, 5]]).shape == (1, 3, 96)\n"
+        "assert len(model.generate([[3, 4, 5]], max_new_tokens=2)[0]) <= 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

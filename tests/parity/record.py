@@ -16,7 +16,13 @@ import numpy as np
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 
 TARGET = Path(__file__).parent.parent / "data" / "hf"
 VOCABULARY, NEW, MARGIN = 96, 64, 2e-3
@@ -48,12 +54,15 @@ _T5 = {
     "relative_attention_max_distance": 12,
     "decoder_start_token_id": 0,
 }
+_PLAIN = {"rope_type": "default", "rope_theta": 500.0}
 _LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _GEMMA3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
 }
 FAMILIES = {
+    "llama": ("llama", _DECODER | {"rope_parameters": _PLAIN}),
+    "llama_linear": ("llama", _DECODER | {"rope_parameters": _PLAIN | {"rope_type": "linear", "factor": 4.0}}),
     "llama3": ("llama", _DECODER | {
         "rope_parameters": _LLAMA3 | {"rope_theta": 500.0, "original_max_position_embeddings": 8},
         "attention_bias": True,
@@ -70,7 +79,9 @@ FAMILIES = {
     "qwen2": ("qwen2", _DECODER | {
         "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "tie_word_embeddings": True,
     }),
+    "qwen2_plain": ("qwen2", _DECODER),
     "qwen3": ("qwen3", _DECODER | {"attention_bias": True}),
+    "qwen3_windows": ("qwen3", _DECODER | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "gemma": ("gemma", _DECODER),
     "gemma2": ("gemma2", _DECODER | {
         "sliding_window": 4, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 2.0,
@@ -85,16 +96,19 @@ FAMILIES = {
     "mt5": ("mt5", _T5 | {"feed_forward_proj": "gated-gelu"}),
     "umt5": ("umt5", _T5 | {"feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
+RECORDED = [name for name in FAMILIES if name not in ("llama", "llama_linear", "qwen2_plain", "qwen3_windows")]
+"""What tests compare with that have no transformers; the others are the same but for a detail."""
 UNTIED = ("t5_1_1", "mt5")
 """T5s with an output matrix of their own, which transformers 5 only gives those that were saved so."""
 
 
-def build(name: str, seed: int) -> transformers.PreTrainedModel:
-    """Return a model with random weights."""
+def build(name: str, seed: int, *, classifier: bool = False) -> transformers.PreTrainedModel:
+    """Return a model with random weights; a classifier has one label."""
     family, settings = FAMILIES[name]
-    config = AutoConfig.for_model(family, **settings)
+    config = AutoConfig.for_model(family, **settings | ({"num_labels": 1} if classifier else {}))
     config.architectures = None
     make = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    make = AutoModelForSequenceClassification if classifier else make
     torch.manual_seed(seed)
     model = make.from_config(config, attn_implementation="eager").eval()
     if name in UNTIED:
@@ -170,5 +184,5 @@ def record(name: str) -> None:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or FAMILIES:
+    for chosen in sys.argv[1:] or RECORDED:
         record(chosen)

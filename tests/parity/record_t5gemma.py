@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 
-from tests.parity.record import LENGTHS, MARGIN, NEW, TARGET
+from .record import LENGTHS, MARGIN, NEW, TARGET
 
 VOCABULARY, WINDOW, START, RESPONSES = 61, 4, 2, 11
 FOLDER = TARGET.parent / "hf_t5gemma"
@@ -67,13 +67,16 @@ def t5gemma2() -> transformers.PreTrainedModel:
     return transformers.T5Gemma2ForConditionalGeneration(config)
 
 
-def draw(model: transformers.PreTrainedModel, seed: int) -> None:
-    """Draw all parameters."""
+def build(name: str, seed: int) -> transformers.PreTrainedModel:
+    """Return a model with random weights."""
+    model = {"t5gemma": t5gemma, "t5gemma2": t5gemma2}[name]().eval()
+    model.set_attn_implementation("eager")
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             values = random.normal(0, 0.3, tuple(parameter.shape)).astype(np.float32)
             parameter.copy_(torch.from_numpy(values))
+    return model
 
 
 def reference(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.ndarray] | None:
@@ -109,14 +112,12 @@ def reference(model: transformers.PreTrainedModel, seed: int) -> dict[str, np.nd
     return found | {"attention_mask": mask, "logits": logits.numpy()}
 
 
-def record(name: str, model: transformers.PreTrainedModel) -> None:
+def record(name: str) -> None:
     """Write one folder."""
-    model.eval()
-    model.set_attn_implementation("eager")
-    # None of the random tokens ends a text.
-    model.generation_config.eos_token_id = None
     for seed in range(300):
-        draw(model, seed)
+        model = build(name, seed)
+        # None of the random tokens ends a text.
+        model.generation_config.eos_token_id = None
         found = reference(model, seed)
         if found is not None:
             break
@@ -132,5 +133,5 @@ def record(name: str, model: transformers.PreTrainedModel) -> None:
 
 
 if __name__ == "__main__":
-    record("t5gemma", t5gemma())
-    record("t5gemma2", t5gemma2())
+    record("t5gemma")
+    record("t5gemma2")

@@ -1,9 +1,8 @@
-"""What we write, read by transformers: no warnings, our logits and scores; and its own files, come back unchanged."""
+"""What we write, read by transformers: no warnings, our logits and scores. Its own files: `test_transformers.py`."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +15,12 @@ import torch
 import transformers
 
 from pit_jax.core.types import Conditional, Params
-from pit_jax.models.convert.hf_export_config import export_config
-from pit_jax.models.convert.hf_load import load_hf
 from pit_jax.models.convert.hf_save import save_hf
 from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.models.encoder_decoder import EncoderDecoder
 from pit_jax.models.heads import ScalarModel
 
-from ..convert.test_hf_save import CONFIGS, SPECIAL, model, random_params, spread
+from ..convert.test_hf_save import CONFIGS, SPECIAL, model, random_params
 
 pytestmark = pytest.mark.parity
 
@@ -136,57 +133,3 @@ def test_transformers_gives_our_scores(tmp_path: Path, name: str, said: list[str
     scores = our_scores(network, params)
     assert np.ptp(scores) > 0.1
     np.testing.assert_allclose(their_scores(theirs), scores, atol=TOLERANCE, rtol=0)
-
-
-def _theirs(name: str, directory: Path, dtype: torch.dtype, **settings: object) -> None:
-    """Let transformers write a model of its own making.
-
-    One that it has read before is cut into files in another order, by name, since transformers 5.
-    """
-    family, data = export_config(CONFIGS[name][1], special=SPECIAL, dtype="float32")
-    config = transformers.AutoConfig.for_model(family.name, **{key: data[key] for key in data if key != "model_type"})
-    theirs = _auto(config).from_config(config)
-    if not CONFIGS[name][1].tied and config.is_encoder_decoder:
-        theirs.lm_head.weight = torch.nn.Parameter(theirs.lm_head.weight.detach().clone())
-    source = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.normal_(generator=source)
-    theirs.to(dtype).save_pretrained(directory, **settings)
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype", "limit", "devices"),
-    [
-        ("llama_biased", torch.float32, 5_000_000, 1),
-        ("llama", torch.bfloat16, 3000, 4),
-        ("gemma3", torch.bfloat16, 3000, 1),
-        ("qwen3", torch.float16, 3000, 1),
-        ("t5_1_1", torch.float32, 6000, 4),
-        ("umt5", torch.bfloat16, 5_000_000, 1),
-    ],
-)
-def test_their_files_come_back_unchanged(
-    tmp_path: Path, name: str, dtype: torch.dtype, limit: int, devices: int
-) -> None:
-    _theirs(name, tmp_path / "theirs", dtype, max_shard_size=limit)
-    network, params = load_hf(str(tmp_path / "theirs"))
-    own = json.loads((tmp_path / "theirs" / "config.json").read_text())
-    save_hf(
-        tmp_path / "back",
-        network,
-        spread(params) if devices == 4 else params,
-        source_config=own,
-        max_shard_size=limit,
-        dtype=own["dtype"],
-    )
-    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
-    back = {path.name: path.read_bytes() for path in (tmp_path / "back").iterdir()}
-    assert theirs.keys() == back.keys()
-    if limit < 10_000:
-        assert "model.safetensors.index.json" in back
-    generation = "generation_config.json"
-    assert {name for name in theirs if name != generation and theirs[name] != back[name]} <= {"config.json"}
-    assert json.loads(back["config.json"]) == own
-    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
-    assert {i: json.loads(back[generation])[i] for i in ids} == {i: json.loads(theirs[generation])[i] for i in ids}

@@ -26,7 +26,7 @@ from pit_jax.models.encoder_decoder import EncoderDecoder
 from pit_jax.models.heads import ScalarModel
 from pit_jax.models.lora import Lora
 
-from ..convert.test_hf_save import CONFIGS, SPECIAL, model, random_params
+from ..convert.test_hf_save import CONFIGS, SPECIAL, model, random_params, spread
 from .test_hf_export import TOLERANCE, our_logits, our_scores, rows, their_logits, their_scores
 
 pytestmark = [
@@ -36,16 +36,22 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers:UserWarning"),
 ]
 
-NAMES = pytest.mark.parametrize("name", ["llama", "qwen2", "t5_1_1"])
+NAMES = pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "t5_1_1", "umt5"])
+ENCODES = ("t5_1_1", "umt5")
+EVERY_LAYER = tuple(target for target in lora.TARGETS if target != "head")
 LORAS = {
     "llama": Lora(rank=3, alpha=6.0, targets=lora.TARGETS),
     "qwen2": Lora(rank=2, alpha=1.5, targets=("query", "out", "down"), rslora=True),
+    "gemma3": Lora(rank=2, alpha=3.0, targets=EVERY_LAYER),
     "t5_1_1": Lora(rank=3, alpha=6.0, targets=("query", "value", "gate", "down")),
+    "umt5": Lora(rank=2, alpha=3.0, targets=EVERY_LAYER),
 }
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"],
     "qwen2": ["q_proj", "o_proj", "down_proj"],
+    "gemma3": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "t5_1_1": ["q", "v", "wi_0", "wo"],
+    "umt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
 }
 
 
@@ -94,7 +100,7 @@ def test_peft_loads_ours(tmp_path: Path, name: str) -> None:
     written = safetensors.numpy.load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert found.keys() == written.keys()
     ids, mask = rows()
-    kept = np.ones_like(mask) if name.startswith("t5") else mask
+    kept = np.ones_like(mask) if name in ENCODES else mask
     ours = our_logits(model(config), params)[kept]
     np.testing.assert_allclose(their_logits(theirs, ids, mask)[kept], ours, atol=TOLERANCE, rtol=0)
     save_hf(tmp_path / "merged", model(config), params, special=SPECIAL)
@@ -107,7 +113,7 @@ def test_peft_loads_ours(tmp_path: Path, name: str) -> None:
 def test_we_load_pefts(tmp_path: Path, name: str) -> None:
     base = _base(name, tmp_path / "base")
     settings = LORAS[name]
-    task = "SEQ_2_SEQ_LM" if name.startswith("t5") else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if name in ENCODES else "CAUSAL_LM"
     asked = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -122,11 +128,13 @@ def test_we_load_pefts(tmp_path: Path, name: str) -> None:
     assert (found, head) == (settings, None)
     lm, params = _with_adapters(name, base, found, adapters)
     ids, mask = rows()
-    kept = np.ones_like(mask) if name.startswith("t5") else mask
+    kept = np.ones_like(mask) if name in ENCODES else mask
     expected = their_logits(theirs, ids, mask)[kept]
     np.testing.assert_allclose(our_logits(lm, params)[kept], expected, atol=TOLERANCE, rtol=0)
-    save_peft(tmp_path / "back", params, lm.config, family=CONFIGS[name][0], base_name=str(tmp_path / "base"))
     file = "adapter_model.safetensors"
+    for place, placed in (("back", params), ("from_four_devices", spread(params))):
+        save_peft(tmp_path / place, placed, lm.config, family=CONFIGS[name][0], base_name=str(tmp_path / "base"))
+    assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "from_four_devices" / file).read_bytes()
     if not lm.config.adapts("head"):
         assert (tmp_path / "back" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
     ours, back = (safetensors.numpy.load_file(tmp_path / place / file) for place in ("theirs", "back"))

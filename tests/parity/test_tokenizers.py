@@ -2,10 +2,13 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
+from transformers.convert_slow_tokenizer import generate_merges
 
 from pit_jax.core.errors import DataError
 from pit_jax.text.chat_template import chat_templates, load_chat_template
@@ -117,13 +120,52 @@ def test_t5_model_file_has_the_extra_ids(tmp_path):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
 
 
-def test_llama_model_file(tmp_path):
+def train_llama(folder, **settings):
     extra = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "byte_fallback": True}
-    train(tmp_path / "tokenizer", "bpe", **extra, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    train(folder / "tokenizer", "bpe", **extra, normalization_rule_name="identity", remove_extra_whitespaces=False)
     config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": False}))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def test_llama_model_file(tmp_path):
+    train_llama(tmp_path, legacy=False)
     ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_token_id, (2,)) == (1, (2,))
     for text in ("the fox", "the  lazy\ndog", "x</s>the dog<s> y", "größer"):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_llama_2_is_read_as_its_file_says(tmp_path, legacy):
+    """The pipeline of `tokenizer.json`, which Llama 2 and TinyLlama publish in this form, is that of SentencePiece.
+
+    It puts a space before every section between special tokens, also before one that begins with a space.
+    `AutoTokenizer` of transformers 5 builds another one from the class's name (huggingface/transformers#45488), and
+    differs on just that; transformers 4, vLLM with it, and `PreTrainedTokenizerFast` read the file.
+    """
+    train_llama(tmp_path, legacy=legacy)
+    pieces = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    scores = {pieces.id_to_piece(i): pieces.get_score(i) for i in range(pieces.vocab_size())}
+    merges = generate_merges(vocabulary, scores)
+    model = tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    pipeline = tokenizers.Tokenizer(model)
+    change = tokenizers.normalizers
+    pipeline.normalizer = change.Sequence([change.Prepend("\u2581"), change.Replace(" ", "\u2581")])
+    special = ("<unk>", "<s>", "</s>")
+    pipeline.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
+    pipeline.save(str(tmp_path / "tokenizer.json"))
+    ours, file = load_tokenizer(tmp_path), transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    rebuilt, spaced = transformers.AutoTokenizer.from_pretrained(tmp_path), 0
+    for text in ("the fox", " the fox", "the  dog ", "<s>the dog", "a</s> the", "<s> the</s>\nfox", "größer"):
+        ids = ours.encode(text)
+        assert ids == file(text, add_special_tokens=False)["input_ids"], text
+        sections = re.split("(<s>|</s>)", text)
+        wanted = [[pieces.piece_to_id(part)] if part in special else pieces.encode(part) for part in sections]
+        assert ids == [i for section in wanted for i in section], text
+        closely = not legacy and ("<s>t" in text or "</s>\n" in text)
+        differs = closely or any(part.startswith(" ") for part in sections)
+        spaced += differs
+        assert (ids != rebuilt(text, add_special_tokens=False)["input_ids"]) == differs, text
+    assert spaced > 2

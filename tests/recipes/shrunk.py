@@ -24,7 +24,7 @@ REQUIRED = {
     "HH_PATH": "'hh.jsonl'",
     "TEXT_PATH": "'text.jsonl'",
     "TOKENIZER": "'bytes'",
-    "INITIAL_CHECKPOINT_PATH": "'start/pretrain'",
+    "INITIAL_CHECKPOINT_PATH": repr(str(pathlib.Path(__file__).parents[1] / "data" / "hf" / "qwen2")),
     "MIXTURE_OR_TASK_NAME": "'mine'",
     "MIXTURE_OR_TASK_MODULE": "'my_tasks'",
 }

@@ -31,6 +31,8 @@ T5_1_1_BASE, LLAMA_3_2_1B = 247_577_856, 1_235_814_400
 PIT = ["sft_policy", "sft_improver", "reward_bt", "reward_gap", "rl_policy", "rl_improver", "evaluate"]
 STAGES = {
     "demo": PIT,
+    "demo_lora": PIT,
+    "pretrained": PIT,
     "demo_full": [*PIT[:-1], "rl_improver_stage2", "evaluate"],
     "demo_t5": PIT,
     "hh_rlhf_1b": PIT,
@@ -84,7 +86,7 @@ def test_hh_small_names_the_macro_that_is_missing(macro: str) -> None:
         shrunk.recipe("hh_small", without=macro)
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_model_has_the_parameters_it_says(name: str) -> None:
     shapes = language_model(shrunk.recipe(name).experiment.model).abstract()
     low, high = PARAMETERS[name]
@@ -144,7 +146,7 @@ def test_hh_small_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo", "demo_full"])
+@pytest.mark.parametrize("name", ["demo", "demo_full", "demo_lora"])
 def test_demo_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrunk.use_devices(monkeypatch, 1)
     shrunk.recipe(name, f"MODEL_DIR='{tmp_path}/run'", *shrunk.STEPS, *shrunk.SYNTHETIC, *TINY_DECODER).run()

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from pit_jax.core.errors import ConfigError, invalid
-from pit_jax.models.config import ModelConfig
+from pit_jax.models.config import HOW_IT_RUNS, ModelConfig
+from pit_jax.models.convert.hf_t5gemma import EXPORTED, exportable, t5gemma_json
 from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoderConfig
+from pit_jax.models.t5gemma import T5GemmaConfig
 
 Json = dict[str, Any]
 Limit = Callable[[Any], tuple[str, str] | None]
@@ -25,8 +27,8 @@ Limit = Callable[[Any], tuple[str, str] | None]
 _MAX_POSITIONS = 8192
 """Written for models with rotary positions and no scaling: they have no such limit, but servers size caches by it."""
 
-RUNTIME = frozenset({"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk", "lora"})
-"""Fields that say how a model is computed or trained, not what it is."""
+RUNTIME = HOW_IT_RUNS | {"lora"}
+"""Fields that no `config.json` holds."""
 
 _ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu"}
 _SHAPE = frozenset({"vocab_size", "width", "heads", "head_dim", "mlp", "norm_eps", "tied", "activation"})
@@ -62,12 +64,14 @@ class Special:
 class Family:
     """What a Hugging Face family can express.
 
-    name: its `model_type`. causal, scalar: names of the classes with an output matrix and with a scalar head (None:
-      it has none that reads the last token). free: fields that it has a name for. fixed: values that it builds in;
-      other fields must have our default. limits: what else must hold. write: its own part of `config.json`.
+    name: its `model_type`. config: class of the configs it can express. causal, scalar: names of the classes with an
+      output matrix and with a scalar head (None: it has none that reads the last token). free: fields that it has a
+      name for. fixed: values that it builds in; other fields must have our default. limits: what else must hold.
+    write: its own part of `config.json`.
     """
 
     name: str
+    config: type[ModelConfig]
     causal: str
     scalar: str | None
     free: frozenset[str]
@@ -92,7 +96,7 @@ def family_of(config: ModelConfig) -> Family:
       ConfigError: there is none; the field that stands in the way, in all families or in the nearest, is named.
     """
     config = plain(config)
-    families = [f for f in FAMILIES.values() if ("layers" in f.free) == isinstance(config, DecoderOnlyConfig)]
+    families = [family for family in FAMILIES.values() if isinstance(config, family.config)]
     obstacles = {family.name: family.obstacles(config) for family in families}
     for family in families:
         if not obstacles[family.name]:
@@ -127,7 +131,7 @@ def export_config(config: ModelConfig, *, special: Special, dtype: str, scalar: 
       ConfigError: no family can express the config, or an id lies outside the vocabulary.
     """
     family = family_of(config)
-    data = family.write(plain(config)) | {"model_type": family.name, "use_cache": True}
+    data = Special().fields() | family.write(plain(config)) | {"model_type": family.name, "use_cache": True}
     return family, finish_config(
         family, data, special=special, dtype=dtype, vocab_size=config.vocab_size, scalar=scalar
     )
@@ -143,15 +147,19 @@ def finish_config(family: Family, data: Json, *, special: Special, dtype: str, v
         for one in ids:
             if one is not None and not 0 <= one < vocab_size:
                 raise invalid(f"Special.{name}", one, f"lie in [0, {vocab_size})", "Use the model's own tokenizer.")
-    ids = {name: value for name, value in special.fields().items() if value is not None or name not in data}
+    # Where nothing is known of the tokens, what a checkpoint's own config leaves out is left out.
+    known = special.fields() if special != Special() else {}
+    ids = {name: value for name, value in known.items() if value is not None or name not in data}
     data = {name: value for name, value in data.items() if name != "torch_dtype"} | ids
     data |= {"dtype": dtype, "vocab_size": vocab_size, "architectures": [family.causal]}
     if scalar:
         data |= {"architectures": [family.scalar], "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-        pad, eos = data["pad_token_id"], data["eos_token_id"]
-        if pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+        pad, eos = data.get("pad_token_id"), data.get("eos_token_id")
+        # Answers end with the first EOS, so another one may well be what fills rows (as in Qwen's chat models).
+        if pad is None or pad == (eos[0] if isinstance(eos, list) and eos else eos):
             rule = "be the id of a token that is in no text: scores are read at the last token that is not padding"
-            raise invalid("Special.pad", pad, rule, "Give the tokenizer a padding token.")
+            fix = "Give the tokenizer a padding token (pad_token in tokenizer_config.json)."
+            raise invalid("Special.pad", pad, rule, fix)
     return dict(sorted(data.items()))
 
 
@@ -348,7 +356,7 @@ _GEMMA2_FREE = _DECODER | _WINDOW | _BIASES | {"attention_scale", "logit_softcap
 
 def _decoder(name: str, prefix: str, **fields: Any) -> Family:
     scalar = fields.pop("scalar", f"{prefix}ForSequenceClassification")
-    return Family(name=name, causal=f"{prefix}ForCausalLM", scalar=scalar, **fields)
+    return Family(name=name, config=DecoderOnlyConfig, causal=f"{prefix}ForCausalLM", scalar=scalar, **fields)
 
 
 FAMILIES: dict[str, Family] = {
@@ -413,6 +421,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="t5",
+            config=EncoderDecoderConfig,
             causal="T5ForConditionalGeneration",
             scalar=None,
             free=_ENCODER_DECODER,
@@ -422,6 +431,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="mt5",
+            config=EncoderDecoderConfig,
             causal="MT5ForConditionalGeneration",
             scalar=None,
             free=_ENCODER_DECODER,
@@ -431,12 +441,23 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             name="umt5",
+            config=EncoderDecoderConfig,
             causal="UMT5ForConditionalGeneration",
             scalar=None,
             free=_ENCODER_DECODER,
             fixed={"relative_per_layer": True},
             limits=(_not_exact_gated_gelu, _scaled_logits),
             write=_t5,
+        ),
+        Family(
+            name="t5gemma",
+            config=T5GemmaConfig,
+            causal="T5GemmaForConditionalGeneration",
+            scalar=None,
+            free=EXPORTED,
+            fixed={},
+            limits=(exportable,),
+            write=t5gemma_json,
         ),
     )
 }

@@ -15,6 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError, DataError
+from pit_jax.core.hub import locate
 from pit_jax.core.types import Params
 from pit_jax.io import files, safetensors
 from pit_jax.models.config import ModelConfig
@@ -28,12 +29,10 @@ from pit_jax.models.presets.catalog import language_model
 from pit_jax.models.trained import Network, abstract_params, has_head, language_model_of
 
 CONFIG = "config.json"
-HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "*.txt")
 
 WEIGHT_FILES = (".safetensors", ".safetensors.index.json", *safetensors.PICKLED)
 """How names of files end that hold weights, or would if they could be read."""
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _STEMS = ("model.", "", "language_model.model.", "model.language_model.")
 _SAME_EMBEDDING = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _SILENT = re.compile(
@@ -44,39 +43,6 @@ _SILENT = re.compile(
 _PICTURES = re.compile(rf"(model\.)?(vision_tower|multi_modal_projector)\..*|{T5GEMMA_PICTURES.pattern}")
 
 _log = logging.getLogger(__name__)
-
-
-def is_hub_name(place: str) -> bool:
-    """Return whether a string could name a model on the Hugging Face hub: owner/name."""
-    return _HUB_NAME.fullmatch(place) is not None and not place.startswith(".")
-
-
-def locate(place: str) -> epath.Path:
-    """Return a directory of this machine: `place` itself, or what the Hugging Face hub has under that name.
-
-    Raises:
-      CheckpointError: there is no such directory, and it cannot be got.
-    """
-    directory = epath.Path(place)
-    if directory.exists():
-        return directory
-    if not is_hub_name(place):
-        raise CheckpointError(f"{place} does not exist. Check the path.")
-    try:
-        import huggingface_hub  # noqa: PLC0415 (needed only here, and not by everyone)
-    except ImportError:
-        raise CheckpointError(
-            f"There is no directory {place}, and without the package huggingface_hub nothing can be got from the hub. "
-            "Install it, or copy the files here."
-        ) from None
-    try:
-        return epath.Path(huggingface_hub.snapshot_download(place, allow_patterns=list(HUB_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(
-            f"There is no directory {place}, and the Hugging Face hub gives no such model: {reason} "
-            "Check the name and the network, or copy the files here."
-        ) from error
 
 
 def load_hf(
@@ -98,7 +64,7 @@ def load_hf(
       CheckpointError: the weights are not whole, not those the config describes, or not readable.
       DataError: a JSON file is broken.
     """
-    place = locate(os.fspath(directory))
+    place = locate(directory)
     network = read_network(place, dtype=dtype, config=config)
     return network, load_params(place, network, mesh)
 

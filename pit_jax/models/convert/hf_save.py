@@ -32,16 +32,19 @@ from pit_jax.models.convert.hf_export_config import (
 )
 from pit_jax.models.convert.layout import Tensor
 from pit_jax.models.convert.peft import adapter_pairs
-from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.models.heads import ScalarModel, ValueModel
 from pit_jax.models.trained import Network, language_model_of
 
+# T5Gemma's stacks have their norm before their layers, decoder-only models after them.
+_STACK_NORM = "stack_norm"
 # Names of modules in the order in which transformers registers them, wherever they stand.
 _ORDER = (
     *("shared", "model", "encoder", "decoder", "lm_head", "score"),
-    *("embed_tokens", "layers", "norm", "block", "layer", "final_layer_norm"),
-    *("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"),
+    *("embed_tokens", _STACK_NORM, "layers", "norm", "block", "layer", "final_layer_norm"),
+    *("self_attn", "pre_self_attn_layernorm", "post_self_attn_layernorm"),
+    *("mlp", "input_layernorm", "post_attention_layernorm"),
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    *("cross_attn", "pre_cross_attn_layernorm", "post_cross_attn_layernorm", "out_proj"),
     *("SelfAttention", "EncDecAttention", "DenseReluDense", "layer_norm"),
     *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "gate_proj", "up_proj", "down_proj"),
     *("q", "k", "v", "o", "relative_attention_bias", "wi", "wi_0", "wi_1", "wo", "weight", "bias"),
@@ -126,7 +129,9 @@ def save_hf(
             kept = dict(tokenizer or {})
             generation = json.loads(kept.pop(GENERATION_CONFIG, b"{}"))
             if not scalar:
-                files.write_json(place / GENERATION_CONFIG, generation_config(data) | generation)
+                # What somebody has chosen does not follow from the model's config.
+                made = generation_config(data) | ({"_from_model_config": False} if generation else {})
+                files.write_json(place / GENERATION_CONFIG, made | generation)
             for name, content in kept.items():
                 (place / name).write_bytes(content)
 
@@ -160,7 +165,7 @@ def _config(
 def _source_family(config: ModelConfig, source_config: Json | None, *, scalar: bool) -> Family | None:
     """Return the family of the checkpoint's own config, if that still describes the model."""
     family = FAMILIES.get((source_config or {}).get("model_type", ""))
-    if family is None or source_config is None or ("layers" in family.free) != isinstance(config, DecoderOnlyConfig):
+    if family is None or source_config is None or not isinstance(config, family.config):
         return None
     names = [tensor.name for tensor in hf_layout.tensors(config, family.name)]
     read = config_from_hf(source_config, names, where="source_config")
@@ -187,7 +192,8 @@ def _source(config: ModelConfig, family: Family, params: Params, dtype: str | No
 
 def _place(name: str) -> tuple[int, ...]:
     """Return where a tensor stands among those of its model in transformers, by which it is put into a shard."""
-    return tuple(int(part) if part.isdecimal() else _ORDER.index(part) for part in name.split("."))
+    parts = name.replace("coder.norm.", f"coder.{_STACK_NORM}.").split(".")
+    return tuple(int(part) if part.isdecimal() else _ORDER.index(part) for part in parts)
 
 
 def _cast(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:

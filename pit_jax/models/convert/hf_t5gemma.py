@@ -84,7 +84,7 @@ def t5gemma_config(family: str, fields: Fields, common: dict[str, Any]) -> T5Gem
                 f"{fields.where}: encoder and decoder differ in what is {name} here: {one} and {other}. "
                 "Such models are not implemented."
             )
-    shared = decoder.shared | {"attention_scale": scale} | _windows(fields, encoder, decoder, newer)
+    shared: dict[str, Any] = decoder.shared | {"attention_scale": scale} | _windows(fields, encoder, decoder, newer)
     return T5GemmaConfig(
         **vars(decoder.size) | shared | common,
         encoder=None if encoder.size == decoder.size else encoder.size,

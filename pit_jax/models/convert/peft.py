@@ -27,8 +27,9 @@ from pit_jax.models.convert import hf_layout, stream
 from pit_jax.models.convert.hf_config import HEAD
 from pit_jax.models.convert.hf_export_config import Json
 from pit_jax.models.convert.layout import Tensor
-from pit_jax.models.encoder_decoder import EncoderDecoderConfig
 from pit_jax.models.lora import TARGETS, A, B, Lora
+from pit_jax.models.seq2seq import Seq2SeqConfig
+from pit_jax.models.t5gemma import T5GemmaConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -149,8 +150,7 @@ def load_peft(directory: epath.PathLike, config: ModelConfig) -> Adapter:
     _check_settings(place, settings)
     if not (place / WEIGHTS).exists() and (place / "adapter_model.bin").exists():
         raise CheckpointError(f"{place}: adapter_model.bin is pickled, which can run code. Save it as {WEIGHTS}.")
-    # The names of linear maps are the same in all families of a kind.
-    family = "t5" if isinstance(config, EncoderDecoderConfig) else "llama"
+    family = kind_of(config)
     kernels = [tensor for tensor in hf_layout.tensors(config, family) if target_of(tensor)]
     stored = dict(safetensors.open_file(place / WEIGHTS))
     # PEFT adds the output matrix itself, frozen, where that has an adapter.
@@ -170,6 +170,13 @@ def load_peft(directory: epath.PathLike, config: ModelConfig) -> Adapter:
         _check_shape(place, tensor, stored[tensor.name])
     head = stored[score.name].read().reshape(config.width) if has_score else None
     return Adapter(lora, _tree((tensor, stored[tensor.name].read()) for tensor in table), head)
+
+
+def kind_of(config: ModelConfig) -> str:
+    """Return a family that calls its linear maps what that of `config` does."""
+    if isinstance(config, T5GemmaConfig):
+        return "t5gemma2" if config.merged_attention else "t5gemma"
+    return "t5" if isinstance(config, Seq2SeqConfig) else "llama"
 
 
 def _pair(kernel: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -204,7 +211,7 @@ def _score(width: int) -> Tensor:
 def _config_json(config: ModelConfig, modules: list[str], base_name: str, *, scalar: bool) -> Json:
     lora = config.lora
     assert lora is not None
-    task = "SEQ_2_SEQ_LM" if isinstance(config, EncoderDecoderConfig) else "CAUSAL_LM"
+    task = "SEQ_2_SEQ_LM" if isinstance(config, Seq2SeqConfig) else "CAUSAL_LM"
     return {
         "base_model_name_or_path": base_name,
         "bias": "none",

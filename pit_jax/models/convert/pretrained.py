@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,33 +10,22 @@ from etils import epath
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import CheckpointError, ConfigError, invalid, nearest
+from pit_jax.core.hub import is_hub_name, locate
 from pit_jax.core.types import Params
 from pit_jax.io import files, t5x
-from pit_jax.models.config import ModelConfig
+from pit_jax.models.config import HOW_IT_RUNS, ModelConfig
 from pit_jax.models.convert import hf_load, t5x_load
-from pit_jax.models.presets.catalog import language_model
-from pit_jax.models.trained import Network, has_head, language_model_of
-
-HOW_IT_RUNS = ("remat", "scan_layers", "dtype", "param_dtype", "logprob_chunk", "dropout")
-"""Fields of a config that say how a network runs, not which function it is."""
+from pit_jax.models.trained import Network, language_model_of, reconfigured
 
 _GENERATION = "generation_config.json"
-
-
-def locate(path_or_name: epath.PathLike) -> epath.Path:
-    """Return the directory of a checkpoint: a path, or what the Hugging Face hub has under a name.
-
-    Raises:
-      CheckpointError: there is neither.
-    """
-    return hf_load.locate(os.fspath(path_or_name))
+_MAKES_IT = (".safetensors", ".json", ".model", ".jinja")
 
 
 def is_checkpoint(place: str) -> bool:
     """Return whether a path or name could be a checkpoint of another project; what is wrong with it shows later."""
     path = epath.Path(place)
     if not path.exists():
-        return hf_load.is_hub_name(place)
+        return is_hub_name(place)
     return _kind(path) is not None
 
 
@@ -68,9 +56,7 @@ def read_network(
         network = hf_load.read_network(path, dtype=dtype)
     if like is None:
         return network
-    running = {name: vars(like)[name] for name in HOW_IT_RUNS}
-    lm = language_model(dataclasses.replace(language_model_of(network).config, **running))
-    return dataclasses.replace(network, lm=lm) if has_head(network) else lm
+    return reconfigured(network, **{name: vars(like)[name] for name in HOW_IT_RUNS})
 
 
 def load(directory: epath.PathLike, network: Network, mesh: Mesh | None) -> Params:
@@ -103,9 +89,9 @@ def model_config(path: str, **overrides: Any) -> ModelConfig:
 
 
 def file_sizes(directory: epath.PathLike) -> dict[str, int]:
-    """Return the size in bytes of every file of a checkpoint: a cheap sign that it is still the same."""
-    path = epath.Path(directory)
-    return {entry.name: entry.stat().length for entry in sorted(path.iterdir()) if not entry.is_dir()}
+    """Return the size in bytes of every file that makes a checkpoint: a cheap sign that it is still the same."""
+    entries = [entry for entry in sorted(epath.Path(directory).iterdir()) if entry.name.endswith(_MAKES_IT)]
+    return {entry.name: entry.stat().length for entry in entries if not entry.is_dir()}
 
 
 def eos_ids(directory: epath.PathLike) -> tuple[int, ...]:
@@ -119,12 +105,15 @@ def eos_ids(directory: epath.PathLike) -> tuple[int, ...]:
 
 
 def _kind(path: epath.Path) -> Literal["hf", "t5x"] | None:
-    """Return what a directory looks like, None for nothing that is known."""
+    """Return what a directory looks like, None for nothing that is known.
+
+    A `config.json` alone says little: it may describe the network of the T5X checkpoint beside it.
+    """
     names = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name}
-    if any(name == hf_load.CONFIG or name.endswith(hf_load.WEIGHT_FILES) for name in names):
+    if any(name.endswith(hf_load.WEIGHT_FILES) for name in names):
         return "hf"
     try:
         t5x.step_directory(path)
     except CheckpointError:
-        return None
+        return "hf" if hf_load.CONFIG in names else None
     return "t5x"

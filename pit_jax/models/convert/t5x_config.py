@@ -11,7 +11,7 @@ from typing import Any
 
 from pit_jax.core.errors import ConfigError, invalid, nearest
 from pit_jax.io.files import read_json
-from pit_jax.models.config import ModelConfig
+from pit_jax.models.config import HOW_IT_RUNS, ModelConfig
 from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.models.encoder_decoder import EncoderDecoderConfig
 
@@ -45,9 +45,6 @@ _FIELDS = {
     "decoder_only": _COMMON | {"num_layers": 6},
 }
 """Settings of each network with T5X's defaults."""
-
-_RUNTIME = ("dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk")
-"""Fields of ours that change how a model runs, not which function it is."""
 
 Spec = Mapping[str, Any]
 
@@ -154,7 +151,7 @@ def _check_same(config: ModelConfig, again: ModelConfig) -> None:
             ours = config.tied
         if field.name == "scale_logits" and theirs is None:
             theirs = again.tied
-        if field.name not in _RUNTIME and ours != theirs:
+        if field.name not in HOW_IT_RUNS and ours != theirs:
             fix = "Merge the adapter first." if field.name == "lora" else "Keep it as a checkpoint of pit_jax."
             raise invalid(f"{type(config).__name__}.{field.name}", ours, f"be {theirs!r} in T5X", fix)
 
