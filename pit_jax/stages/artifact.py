@@ -206,8 +206,17 @@ def frozen(params: Params, lm: ConditionalLM) -> Params:
 
 
 def base_key(reference: str, run: epath.Path) -> str:
-    """Return a reference of a base with the run's directory before it, unless it is a path or a hub name."""
-    return reference if "/" in split_reference(reference)[0] else f"{run}/{reference}"
+    """Return a reference that means the same from any run and any working directory: one name for one base.
+
+    Args:
+      reference: of a stage of `run`, a path, or a hub name.
+      run: a run's directory.
+    """
+    place, snapshot = split_reference(reference)
+    where = place if "/" in place else f"{run}/{place}"
+    if files.is_local(where) and epath.Path(where).exists():
+        where = os.path.abspath(where)
+    return where if snapshot is None else f"{where}:{snapshot}"
 
 
 def open_checkpoint(place: str, like: ModelConfig) -> Artifact | External:

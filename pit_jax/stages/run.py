@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -286,7 +285,7 @@ class Run:
             "templates": serialize.to_json(self.codec.templates),
             "lengths": serialize.to_json(self.codec.lengths),
             "tokenizer": self.tokenizer.fingerprint(),
-            "base": None if self.experiment.is_whole(stage) else _absolute(self.experiment.base),
+            "base": self._base_of(stage),
             "inputs": {
                 reference: files.json_hash(self.artifact(reference).manifest)
                 for reference in self.experiment.inputs(stage)
@@ -298,6 +297,13 @@ class Run:
             _save(self.tokenizer, directory / TOKENIZER)
         files.write_text(directory / "model-info.txt", "".join(f"{line}\n" for line in self._model_info(network)))
         return directory
+
+    def _base_of(self, stage: Any) -> str | None:
+        """Return what a stage's adapters stand on: a stage of this run by its name, so that a run can be moved."""
+        base = self.experiment.base
+        if base is None or self.experiment.is_whole(stage):
+            return None
+        return base_key(base, self.directory) if "/" in split_reference(base)[0] else base
 
     def _model_info(self, network: Network) -> Iterator[str]:
         """Yield name, shape, logical axes and partition of every parameter, and their number."""
@@ -376,7 +382,7 @@ class Run:
           CheckpointError: the stage has trained a reward model, or the other role.
         """
         artifact = self.artifact(reference)
-        if has_head(artifact.network):
+        if isinstance(artifact.network, ScalarModel):
             raise CheckpointError(
                 f"{reference!r} must be a language model, but it is a reward model. Name a stage lm, sft or rl."
             )
@@ -462,15 +468,6 @@ class Run:
     def shapes(self, network: Network) -> Params:
         """Return abstract parameters with their places on the run's mesh."""
         return abstract_params(network, self.mesh)
-
-
-def _absolute(reference: str | None) -> str | None:
-    """Return a reference that holds from any working directory: a local path is written out."""
-    place, snapshot = split_reference(reference or "")
-    if "/" not in place or "://" in place or not epath.Path(place).exists():
-        return reference
-    path = os.path.abspath(place)
-    return path if snapshot is None else f"{path}:{snapshot}"
 
 
 def _partial(directory: epath.Path) -> epath.Path:

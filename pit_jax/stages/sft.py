@@ -47,7 +47,8 @@ class Sft:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics."""
-        lm, view, training = run.lm_of(self), f"sft_{self.role}", self.training
+        lm, training = run.lm_of(self), self.training
+        view = "sft_policy" if self.role == "policy" else "sft_improver"
         directory = run.begin(self, lm, snapshots={})
         collator = collator_for(
             view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches,

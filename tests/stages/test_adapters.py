@@ -75,6 +75,24 @@ def test_every_model_stands_on_one_copy_of_the_base(adapted: pathlib.Path) -> No
         assert any(np.any(np.asarray(leaf)) for name, leaf in named_leaves(adapters) if name.endswith("lora_b"))
 
 
+def test_a_base_named_by_a_relative_path_is_one_copy_too(
+    adapted: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(adapted.parent)
+    experiment = small.experiment(
+        adapters=dataclasses.replace(ADAPTERS, base="run/sft_policy"), tokenizer=str(adapted / "tokenizer")
+    )
+    stage = small.sft("improver", init_from="run/sft_policy")
+    with small.devices(1):
+        small.recipe(tmp_path, experiment=experiment, stages=(stage,)).run()
+        run = Run(str(tmp_path), 0, experiment)
+        trees = [run.language_model(name) for name in ("run/sft_policy", "sft_improver")]
+    bases = [[leaf for _, leaf in named_leaves(split(tree)[0])] for tree in trees]
+    assert all(a is b for a, b in zip(*bases, strict=True))
+    monkeypatch.chdir(tmp_path)
+    assert jax.tree.structure(Artifact(tmp_path / "sft_improver").params()) == jax.tree.structure(trees[0])
+
+
 def test_the_base_as_a_model_of_the_run_is_itself(adapted: pathlib.Path) -> None:
     run = opened(adapted)
     whole = Artifact(adapted / "sft_policy").params()

@@ -24,11 +24,16 @@ class Killed(BaseException):
 
 
 class Trouble:
-    """Stops the n-th step or response file of each attempt: with SIGINT at even attempts, at once at odd ones."""
+    """Stops the n-th step or response file of each attempt: with SIGINT at even attempts, at once at odd ones.
+
+    The very first response file meets a SIGINT too: how many steps an attempt has left depends on whether the last
+    one's checkpoint was complete, so by counting alone the evaluation would not always be interrupted.
+    """
 
     def __init__(self, after: int) -> None:
         self.after, self.attempt, self.count = after, 0, 0
         self.met: set[type[BaseException]] = set()
+        self.answered = False
 
     def meet(self) -> None:
         self.count += 1
@@ -46,6 +51,9 @@ class Trouble:
     def _followed(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
+            if original.__name__ == "_write" and not self.answered:
+                self.answered = True
+                os.kill(os.getpid(), signal.SIGINT)
             self.meet()
             return result
 

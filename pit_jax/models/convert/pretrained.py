@@ -90,8 +90,14 @@ def model_config(path: str, **overrides: Any) -> ModelConfig:
 
 def file_sizes(directory: epath.PathLike) -> dict[str, int]:
     """Return the size in bytes of every file that makes a checkpoint: a cheap sign that it is still the same."""
-    entries = [entry for entry in sorted(epath.Path(directory).iterdir()) if entry.name.endswith(_MAKES_IT)]
-    return {entry.name: entry.stat().length for entry in entries if not entry.is_dir()}
+    path = epath.Path(directory)
+    if _kind(path) == "t5x":
+        # Of a model with several steps, the one that is read.
+        path = t5x.step_directory(path)
+        entries = sorted([*path.glob("*"), *path.glob("*/*")])
+    else:
+        entries = [entry for entry in sorted(path.iterdir()) if entry.name.endswith(_MAKES_IT)]
+    return {str(entry.relative_to(path)): entry.stat().length for entry in entries if not entry.is_dir()}
 
 
 def eos_ids(directory: epath.PathLike) -> tuple[int, ...]:
