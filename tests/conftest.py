@@ -15,6 +15,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Nearly every program of the tests runs once or twice: what a compiler's optimisations cost is never earned back.
+jax.config.update("jax_disable_most_optimizations", True)
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pit_jax" / "test-compilations"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -141,14 +140,6 @@ def one_step(network: Network, objective: Objective, batch: Any, params: Params)
     after = whole(frozen, state.params)
     assert jax.tree.structure(after) == jax.tree.structure(network.abstract())
     return after
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """Compile without optimising: every program here runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def drawn(network: Network) -> Params:
