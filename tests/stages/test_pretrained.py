@@ -125,7 +125,7 @@ def test_dtype_and_mesh(llama: str, model: Pretrained) -> None:
     spread = pit_jax.load_pretrained(llama, mesh=make_mesh(MeshConfig(fsdp=4, data=1)))
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(spread.params)} == {4}
     ids = np.arange(3, 13).reshape(2, 5)
-    np.testing.assert_allclose(spread.logits(ids), model.logits(ids), atol=1e-6)
+    np.testing.assert_allclose(spread.logits(ids), model.logits(ids), atol=1e-5)
     assert spread.generate(ids, max_new_tokens=4) == model.generate(ids, max_new_tokens=4)
 
 
