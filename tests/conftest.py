@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pathlib
 
@@ -26,6 +27,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # placeholders (trees of shapes or shardings), which a run-time check would refuse.
 install_import_hook(["pit_jax.ops", "pit_jax.losses"], "beartype.beartype")
 
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MOST_MAPPINGS = 20_000
+
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",
     "parity": "needs other software (torch, transformers, ...); run with `-m parity`",
@@ -47,6 +51,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for line in IGNORED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forget compiled programs between files before they use up the mappings that the kernel allows a process.
+
+    Every program on a CPU is mapped memory; at Linux's limit of 65,530 mappings the next one ends the process.
+    """
+    if nextitem is None or nextitem.path == item.path or not MAPPINGS.exists():
+        return
+    if len(MAPPINGS.read_bytes().splitlines()) > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

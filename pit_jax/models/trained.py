@@ -40,11 +40,11 @@ def reconfigured(network: Network, **fields: Any) -> Network:
 
 
 def abstract_params(network: Network, mesh: Mesh | None) -> Params:
-    """Return shapes of a network's parameters, with shardings on `mesh` (None: the default device)."""
+    """Return shapes of a network's parameters, cut over `mesh` by the rules in force (None: the default device)."""
     shapes = network.abstract()
     if mesh is None:
         return shapes
-    shardings = rules.specs(network.axes(), shapes, rules.DEFAULT_RULES, mesh)
+    shardings = rules.specs(network.axes(), shapes, rules.in_force(), mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pit_jax.core.errors import ConfigError
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
-from pit_jax.sharding.rules import DEFAULT_RULES, constrain, spec, specs
+from pit_jax.sharding.rules import DEFAULT_RULES, constrain, in_force, spec, specs, use
 
 SIZES = {"data": 2, "fsdp": 4, "tensor": 2, "sequence": 1}
 
@@ -72,3 +72,36 @@ def test_trees_and_constraints() -> None:
     assert constrain(x, ("batch", None)) is x
     with jax.set_mesh(mesh):
         assert jax.jit(lambda x: constrain(x, ("batch", None)))(x).sharding.spec == PartitionSpec("data")
+
+
+def test_width_is_cut_over_the_sequence_axis_as_well() -> None:
+    sizes = {"data": 1, "fsdp": 2, "tensor": 1, "sequence": 4}
+    assert spec(("embed", "mlp"), (16, 8), sizes, DEFAULT_RULES) == PartitionSpec(("fsdp", "sequence"))
+    assert spec(("embed", "mlp"), (12, 8), sizes, DEFAULT_RULES) == PartitionSpec("fsdp")
+    assert spec(("batch", "length", "embed"), (2, 8, 12), sizes, DEFAULT_RULES) == PartitionSpec("fsdp", "sequence")
+
+
+def test_other_rules_cut_otherwise_and_trace_anew() -> None:
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    rules = (("batch", "tensor"),)
+    cut = jax.jit(lambda x: constrain(x, ("batch", None)))
+    x = jax.numpy.ones((4, 3))
+    with use(mesh, DEFAULT_RULES):
+        assert cut(x).sharding.spec == PartitionSpec("data")
+    with use(mesh, rules):
+        assert in_force() == rules
+        assert cut(x).sharding.spec == PartitionSpec("tensor")
+    assert in_force() == DEFAULT_RULES
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([["embd", "fsdp"]], r"rules = 'embd' must be one of .*Did you mean 'embed'"),
+        ([("embed", ("fsdp", "tensr"))], "'tensr' must be one of data, fsdp.*Did you mean 'tensor'"),
+        ([("embed",)], "be pairs"),
+    ],
+)
+def test_rules_that_name_nothing_are_refused(rules: list, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MeshConfig(rules=rules)
