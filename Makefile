@@ -6,21 +6,25 @@
 #   make lint            formatting, types and import rules
 #   make test-slow       the tests that take minutes
 #   make test-parity     the comparisons with torch and transformers (installs them)
+#   make kill-test       kill training at random moments (KILLS=20 for each kind of stage) and compare its end
+#   make test-browser    the tests of pages, in a headless Chromium (installs it)
 #   make lock            resolve requirements/lock-*.txt anew
 #   make clean           remove caches and build output (runs and .venv stay)
 #
 # Settings: PYTHON=python3.12 (which interpreter), VENV=.venv (where the environment goes), SEED=1.
 
 SEED ?= 1
+KILLS ?= 20
 VENV ?= .venv
 supported = import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
   $$p -c '$(supported)' >/dev/null 2>&1 && echo $$p && break; done)
 bin := $(VENV)/bin
 stamp := $(VENV)/.installed
+planner := $(VENV)/planner/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-parity lint format lock clean
+.PHONY: help install demo test test-slow test-parity test-browser kill-test lint format lock clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -40,21 +44,37 @@ demo: $(stamp)
 	$(bin)/pit-jax pipeline --gin_file=recipes/demo.gin \
 	  --gin.MODEL_DIR="'runs/demo-$(SEED)'" --gin.RANDOM_SEED=$(SEED)
 
-test: $(stamp)
-	$(bin)/python -m pytest -q -m "not slow and not parity"
+test: $(stamp) $(planner)
+	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -m "not slow and not parity and not browser"
 
-test-slow: $(stamp)
-	$(bin)/python -m pytest -q -m "slow and not parity"
+test-slow: $(stamp) $(planner)
+	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -m "slow and not parity and not browser"
+
+# Programs for TPUs are compiled, not run; where the compiler is not to be had, the tests that need it are skipped.
+$(planner): $(stamp)
+	@sh requirements/install.sh $(bin)/python planner || echo "No TPU compiler for this machine; going on without." >&2
+	@mkdir -p $(@D) && touch $@
 
 test-parity: $(stamp)
 	sh requirements/install.sh $(bin)/python parity
 	$(bin)/python -m pytest -q -m parity
+
+kill-test: $(stamp)
+	JAX_PLATFORMS=cpu $(bin)/python -m tests.stages.kill_test runs/kill-test-$$(date +%s) --kills $(KILLS)
+
+# A browser that is installed, or named by PIT_JAX_CHROMIUM, is taken first.
+test-browser: $(stamp)
+	$(bin)/python -m uv pip install --python $(bin)/python "playwright>=1.50,<2" || \
+	  $(bin)/python -m pip install "playwright>=1.50,<2"
+	$(bin)/python -m playwright install chromium || echo "No download of Chromium; looking for an installed one." >&2
+	$(bin)/python -m pytest -q -m browser
 
 lint: $(stamp)
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
 	PYTHONPATH=. $(bin)/lint-imports
 	$(bin)/pyright --pythonpath $(bin)/python
+	$(bin)/shellcheck -x -P . launch/*.sh launch/slurm.sbatch
 
 format: $(stamp)
 	$(bin)/ruff check --fix .
@@ -63,7 +83,7 @@ format: $(stamp)
 lock: $(stamp)
 	for version in 3.11 3.12; do \
 	  UV_CUSTOM_COMPILE_COMMAND="make lock" $(bin)/uv pip compile pyproject.toml --quiet --universal --upgrade \
-	    --python-version $$version --extra dev --extra tensorboard \
+	    --python-version $$version --extra dev --extra serve --extra tensorboard \
 	    --no-annotate --no-emit-index-url --no-emit-find-links --output-file requirements/lock-$$version.txt || exit 1; \
 	done
 

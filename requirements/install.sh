@@ -1,7 +1,9 @@
 #!/bin/sh
-# Install pit_jax (editable) into the environment of a Python: sh requirements/install.sh .venv/bin/python [parity]
+# Install pit_jax (editable) into the environment of a Python: sh requirements/install.sh .venv/bin/python [parity|planner]
 # Uses uv where it can be installed, because it is many times faster, and plain pip otherwise.
 # With `parity`, adds torch and transformers; PIT_JAX_TORCH="torch==2.9.1" asks for another version of torch.
+# With `planner`, puts the TPU compiler that fits jax into a folder of its own, .venv/planner: inside the environment,
+# jax would look for a TPU at every start.
 set -eu
 python=$1
 extra=${2:-}
@@ -24,6 +26,12 @@ if [ "$extra" = parity ]; then
     # set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS. The rest of the extra then takes torch as it is.
     "$python" -m pip install --disable-pip-version-check --constraint "$lock" "${PIT_JAX_TORCH:-torch==2.13.0}"
     install --constraint "$lock" --no-build-isolation --editable ".[parity]"
+    exit
+fi
+if [ "$extra" = planner ]; then
+    compiler=$("$python" -c 'from importlib.metadata import requires
+print(*(line.partition(";")[0].strip() for line in requires("jax") if line.startswith("libtpu")))')
+    install --no-deps --target "$(dirname "$python")/../planner" "$compiler"
     exit
 fi
 install --requirement "$lock"

@@ -33,6 +33,7 @@ MOST_MAPPINGS = 20_000
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",
     "parity": "needs other software (torch, transformers, ...); run with `-m parity`",
+    "browser": "needs a browser and playwright; run with `-m browser`",
 }
 # Third-party code that warns on import or in its own internals; a warning caused by pit_jax stays an error.
 IGNORED_WARNINGS = (
@@ -66,7 +67,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow and parity tests unless `-m` says what is wanted."""
+    """Leave out slow, parity and browser tests unless `-m` says what is wanted."""
     if config.getoption("-m"):
         return
     left_out = [item for item in items if any(mark in item.keywords for mark in MARKS)]

@@ -32,6 +32,10 @@ use what was trained
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl
   pit-jax convert --input=runs/mine/rl_improver --output=improver_hf      for transformers, vLLM, ...
 
+a large machine
+  pit-jax plan --gin_file=recipes/pit_t5_xxl.gin --topology=v5e:16x16     does it fit? asked without the machine
+  pit-jax doctor                                                          is everything there that a run needs?
+
 a model you have
   pit-jax pipeline --gin_file=recipes/pretrained.gin --gin.INITIAL_CHECKPOINT_PATH="'path/to/hf'" ...
 
@@ -57,6 +61,15 @@ example
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl --iterations=2
 """
 
+_ANNOTATE_EXAMPLE = """\
+Each person gets a page that needs no network (and a table), with sides and order of their own; `pit-jax votes` reads
+what they send back. More: docs/annotation.md.
+
+example
+  pit-jax annotate --candidate=better.jsonl --baseline=drafts.jsonl --annotators=ann,bob --output=pages --key=key.json
+  pit-jax votes ann.json bob.json --key=key.json
+"""
+
 _CONVERT_EXAMPLE = """\
 The input is a stage of a run (RUN/STAGE or RUN/STAGE:SNAPSHOT), a Hugging Face or T5X checkpoint, a name on the
 Hugging Face hub, or a PEFT adapter (with --base).
@@ -66,6 +79,36 @@ examples
   pit-jax convert --input=runs/mine/rl_improver --output=adapter --format=peft
   pit-jax convert --input=t5x/checkpoint_1000000 --config=network.json --output=flan_hf
   pit-jax convert --input=google/flan-t5-base --output=flan_t5x --format=t5x
+"""
+
+_PLAN_EXAMPLE = """\
+Compiles every program of every stage for a machine that need not be there, and says what each takes of a chip's memory,
+what it computes, moves and sends, and whether it fits. Nothing is read or trained; data and weights need not exist.
+
+machines
+  v4:2x2x2  v5e:16x16  v5p:4x4x4  v6e:4x8  tpu7x:2x2x1     TPU slices; also v5p-128, v5e-256 ...
+  2*v5p:4x4x4                                              two slices (or --slices=2)
+  gpu:h200  gpu:h100:8  gpu:a100:8  cpu  cpu:8
+
+examples
+  pit-jax plan --gin_file=recipes/pit_gemma3_27b.gin --topology=v5p:4x4x4
+  pit-jax plan --gin_file=recipes/pit_t5_xxl.gin --topology=v5e:16x16 --stage=rl_improver --mesh=fsdp=32,tensor=8
+  pit-jax plan --gin_file=recipes/pit_t5_xxl.gin --topology=v6e:16x16 --stage=sft_policy --search
+
+exit status: 0 everything fits, 3 something does not, 1 error
+"""
+
+_DOCTOR_EXAMPLE = """\
+Looks at everything a run needs before it costs anything, and says what to do. On several hosts, start the same line
+on every one of them: each looks at itself and process 0 prints.
+
+examples
+  pit-jax doctor                                                               this machine
+  pit-jax doctor --gin_file=recipes/hh_rlhf_1b.gin --gin.MODEL_DIR="'gs://bucket/run'" ...
+      the recipe's mesh and storage
+  pit-jax doctor --mesh=fsdp=4,tensor=2 --model_dir=gs://bucket/run
+
+exit status: 0 no problem, 1 problems
 """
 
 _STAGE_VERBS = {
@@ -118,16 +161,21 @@ def _parser() -> argparse.ArgumentParser:
         "pipeline", "run all stages of a recipe, then the report", f"{_STAGES}pipeline", _gin_epilog("pipeline")
     )
     _add_gin(pipeline)
+    _add_hosts(pipeline)
     for name, (summary, roles) in _STAGE_VERBS.items():
         more = f" --role={roles[-1]}" if roles else ""
         recipe = "recipes/hh_small.gin" if name == "lm" else "recipes/demo.gin"
         stage = verb(name, summary, f"{_STAGES}stage", _gin_epilog(name, more, recipe))
         _add_gin(stage)
+        _add_hosts(stage)
         stage.set_defaults(role=None)
         if roles:
             stage.add_argument("--role", choices=roles, help="which stage of this kind the recipe should run")
     _add_improve(verb)
     _add_convert(verb)
+    _add_plan(verb)
+    _add_doctor(verb)
+    _add_people(verb)
     _add_data(verb)
     return parser
 
@@ -164,6 +212,24 @@ def _add_gin(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--print_config", action="store_true", help="print the configuration in force and stop")
 
 
+def _add_hosts(parser: argparse.ArgumentParser, *, joins: bool = True) -> None:
+    """Add what tells a process of the others; `joins`: the verb's process joins them before it does anything."""
+    parser.set_defaults(joins=joins)
+    group = parser.add_argument_group(
+        "several hosts",
+        "start the same line on every host; on TPU VMs, GKE (TPU), SLURM and Open MPI nothing need be said",
+    )
+    group.add_argument(
+        "--coordinator_address", metavar="HOST:PORT", help="of process 0 (default: JAX_COORDINATOR_ADDRESS)"
+    )
+    group.add_argument("--process_count", type=int, metavar="N", help="of all hosts (default: JAX_PROCESS_COUNT)")
+    group.add_argument("--process_id", type=int, metavar="N", help="of this process, from 0 (default: JAX_PROCESS_ID)")
+    group.add_argument(
+        "--process_timeout", type=float, default=60.0, metavar="SECONDS",
+        help="without a sign of life after which a process counts as lost (default: 60)",
+    )  # fmt: skip
+
+
 def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
     parser = verb("improve", "improve the answers of a JSON Lines file", f"{_STAGES}improve", _IMPROVE_EXAMPLE)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a stage of one")
@@ -183,6 +249,7 @@ def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
     )  # fmt: skip
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same answers (default: 0)")
+    _add_hosts(parser)
 
 
 def _add_convert(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
@@ -206,6 +273,70 @@ def _add_convert(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
     )
     parser.add_argument("--scanned", action="store_true", help="stack the layers of a T5X checkpoint (scalable T5)")
     parser.add_argument("--step", type=int, default=0, help="number of a T5X checkpoint's step (default: 0)")
+
+
+def _add_plan(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    parser = verb("plan", "say whether a recipe fits on a machine, without one", "pit_jax.cli.plan:plan", _PLAN_EXAMPLE)
+    _add_gin(parser)
+    parser.add_argument("--topology", required=True, metavar="MACHINE", help="what to plan for; see below")
+    parser.add_argument("--slices", type=int, metavar="N", help="TPU slices (default: 1, or as MACHINE says)")
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...",
+        help="data, fsdp, tensor, sequence (default: the recipe's mesh, resized to the machine)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="only this stage; may be repeated (default: all)"
+    )
+    parser.add_argument(
+        "--search", action="store_true",
+        help="also find, for each training stage, the largest batch and cheapest rematerialisation that fit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compilations", type=int, default=12, metavar="N", help="most of --search for each stage (default: 12)"
+    )
+    parser.add_argument("--no-suggest", dest="suggest", action="store_false", help="do not try what would make it fit")
+    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+
+
+def _add_doctor(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    parser = verb(
+        "doctor", "check this machine, its devices, hosts and storage", "pit_jax.cli.doctor:doctor", _DOCTOR_EXAMPLE
+    )
+    _add_gin(parser)
+    _add_hosts(parser, joins=False)
+    parser.add_argument("--model_dir", metavar="DIR", help="storage to try (default: the recipe's MODEL_DIR)")
+    parser.add_argument(
+        "--mesh", metavar="AXIS=N,...",
+        help="mesh to compare with the devices: data, fsdp, tensor, sequence (default: the recipe's)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+    parser.add_argument(
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="longest wait for one check (default: 60)"
+    )
+
+
+def _add_people(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
+    parser = verb(
+        "annotate", "let people compare two files of responses", "pit_jax.cli.annotate:annotate", _ANNOTATE_EXAMPLE
+    )
+    for name in ("candidate", "baseline"):
+        parser.add_argument(
+            f"--{name}", required=True, metavar="FILE[:FIELD]",
+            help="JSON Lines with `prompt` and FIELD (default: response), or AlpacaEval's model_outputs.json",
+        )  # fmt: skip
+    parser.add_argument("--annotators", type=_comma_list, required=True, metavar="NAME,NAME", help="who gets a page")
+    parser.add_argument("--overlap", type=float, default=1.0, help="share of the questions that all get (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="of orders and sides (default: 1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    parser.add_argument("--title", help="of the page")
+    parser.add_argument("--instructions", metavar="TEXT", help="shown above the questions")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the pages go")
+    parser.add_argument("--key", required=True, metavar="FILE", help="where it is kept which answer is whose")
+    parser = verb("votes", "read what people said of two files of responses", "pit_jax.cli.annotate:votes", "")
+    parser.add_argument("votes", nargs="+", metavar="FILE", help="what they sent back, JSON or CSV")
+    parser.add_argument("--key", required=True, metavar="FILE", help="written by `pit-jax annotate`")
+    parser.add_argument("--seed", type=int, default=1, help="of the intervals (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_data(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:

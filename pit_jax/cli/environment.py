@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -9,7 +10,12 @@ import platform
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pit_jax.sharding.processes import Cluster
 
 # Programs below this many seconds of compilation are not worth a file.
 MIN_COMPILE_SECONDS = "0.5"
@@ -30,6 +36,42 @@ def set_up_logging() -> None:
         ours.addHandler(_Stderr())
         ours.setLevel(logging.INFO)
         ours.propagate = False
+
+
+def leave_absent_tpus_alone() -> None:
+    """Keep jax from looking for a TPU at every start where only the compiler for it is there; JAX_PLATFORMS wins."""
+    plugins = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    if "JAX_PLATFORMS" in os.environ or find_spec("libtpu") is None or any(map(find_spec, plugins)):
+        return
+    if not Path("/dev/accel0").exists() and not any(Path("/dev/vfio").glob("[0-9]*")):
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def cluster(args: argparse.Namespace) -> Cluster | None:
+    """Return which processes run together with this one, from the flags of `arguments` and the environment.
+
+    Raises:
+      ConfigError: what they say is wrong or incomplete.
+    """
+    from pit_jax.sharding import processes  # imports jax
+
+    settings = processes.Cluster(
+        coordinator=args.coordinator_address,
+        count=args.process_count,
+        process=args.process_id,
+        silence=args.process_timeout,
+    )
+    return processes.cluster(settings, os.environ)
+
+
+def speak_as(process: int) -> None:
+    """Leave talking to process 0: the others say only what is wrong, with their number before it."""
+    if process == 0:
+        return
+    ours = logging.getLogger("pit_jax")
+    ours.setLevel(logging.WARNING)
+    for handler in ours.handlers:
+        handler.setFormatter(logging.Formatter(f"process {process}: %(message)s"))
 
 
 class _Stderr(logging.Handler):

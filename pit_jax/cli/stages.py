@@ -138,11 +138,14 @@ def _run(recipe: Recipe, text: str, names: list[str] | None) -> None:
     """
     from etils import epath
 
+    from pit_jax.sharding import processes
+
     directory = epath.Path(recipe.model_dir)
-    if not directory.exists():
+    if processes.is_first() and not directory.exists():
         _record(directory / "config.gin", text)
     recipe.run(names)
-    _record(directory / "config.gin", text)
+    if processes.is_first():
+        _record(directory / "config.gin", text)
 
 
 def _record(path: epath.Path, text: str) -> None:

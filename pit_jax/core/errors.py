@@ -26,6 +26,10 @@ class TrainingError(PitError):
     """Training cannot go on, for example because a loss is not finite."""
 
 
+class ProcessError(PitError):
+    """The processes of a run do not go together: one is missing, or differs from the others."""
+
+
 def invalid(field: str, value: object, rule: str, fix: str) -> ConfigError:
     """Return the error for a bad setting, in the one form all of them share.
 

@@ -18,7 +18,7 @@ from pit_jax.core.types import Conditional, Params, Prompts, Samples
 from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
-from pit_jax.sharding.place import put_batch
+from pit_jax.sharding.place import fetch, put_batch
 from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
 
 
@@ -116,7 +116,7 @@ class Sampler:
     width: prompts are padded to this many tokens (`codec.width(kind)`).
     max_new: most tokens of a response, EOS included.
     batch_size: rows of the one compiled program.
-    mesh: the devices that share the rows of a batch, None for one device.
+    mesh: the devices that share the rows of a batch, of all processes; None for one device.
     """
 
     lm: ConditionalLM
@@ -148,7 +148,7 @@ class Sampler:
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
             )
-            parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], jax.device_get(samples)))
+            parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], fetch(samples)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def answer(self, params: Params, rows: Sequence[PromptRow], keys: Key[Array, " N"]) -> list[Response]:
@@ -191,7 +191,7 @@ class Scorer:
         for index, real in chunks(len(rows), self.batch_size):
             prompts = rows_to_prompts([rows[i] for i in index], self.width, self.pad_id)
             batch = with_answers(prompts, [closed[i] for i in index], self.length, self.pad_id)
-            scores[index[:real]] = np.asarray(_score(params, _place(batch, self.mesh), self.model))[:real]
+            scores[index[:real]] = fetch(_score(params, _place(batch, self.mesh), self.model))[:real]
         return scores
 
 

@@ -14,6 +14,7 @@ from pit_jax.core.errors import invalid
 from pit_jax.core.types import Params, Prompts, Samples
 from pit_jax.decode.sampling import Sampling, draw
 from pit_jax.models.api import ConditionalLM
+from pit_jax.sharding.rules import constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,15 +77,15 @@ def _run(
     params: Params, prompts: Prompts, keys: Key[Array, " B"], temperature: Float[Array, ""], program: _Program
 ) -> Samples:
     rows = prompts.tokens.shape[0]
-    shape = (rows, program.max_new)
+    shape, axes = (rows, program.max_new), ("batch", None)
     empty = _Loop(
         t=jnp.int32(0),
         cache=None,
-        token=jnp.zeros(rows, jnp.int32),
-        finished=jnp.zeros(rows, bool),
-        tokens=jnp.full(shape, program.pad_id, jnp.int32),
-        mask=jnp.zeros(shape, bool),
-        logp=jnp.zeros(shape, jnp.float32),
+        token=constrain(jnp.zeros(rows, jnp.int32), axes[:1]),
+        finished=constrain(jnp.zeros(rows, bool), axes[:1]),
+        tokens=constrain(jnp.full(shape, program.pad_id, jnp.int32), axes),
+        mask=constrain(jnp.zeros(shape, bool), axes),
+        logp=constrain(jnp.zeros(shape, jnp.float32), axes),
     )
     logits, cache = program.lm.prefill(params, prompts, program.max_new)
     first = _append(empty._replace(cache=cache), logits, keys, temperature, program)

@@ -9,13 +9,14 @@ import numpy as np
 from jaxtyping import Float
 
 from pit_jax.core.errors import invalid
+from pit_jax.evaluation.bootstrap import mean_interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One row of a win-rate table, in percentage points.
 
-    delta = win - lose; ci95 is the percentile bootstrap interval of delta over prompts.
+    delta = win - lose; ci95 is the expanded percentile bootstrap interval of delta over prompts.
     """
 
     candidate: str
@@ -55,26 +56,15 @@ def outcomes(
 
 
 def interval(
-    results: Float[np.ndarray, " n"], groups: Sequence[str], *, seed: int, draws: int = 2000
+    results: Float[np.ndarray, " n"],
+    groups: Sequence[str],
+    *,
+    seed: int,
+    draws: int = 2000,
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of `results`, resampling whole prompts.
-
-    Rows of one group (several samples for one prompt) are not independent, so groups are drawn with
-    replacement, and each draw's mean is weighted by the rows it holds (Efron & Tibshirani 1993, ch. 13).
-    """
-    if len(results) == 0:
-        raise invalid("results", [], "hold at least one comparison", "Check that the evaluation has prompts.")
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    count = int(member.max()) + 1
-    totals = np.bincount(member, weights=results, minlength=count)
-    sizes = np.bincount(member, minlength=count).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for draw in range(draws):
-        chosen = rng.integers(0, count, count)
-        means[draw] = totals[chosen].sum() / sizes[chosen].sum()
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    """Return the 95 % interval of the mean of `results`, resampling whole prompts (`bootstrap.mean_interval`)."""
+    return mean_interval(results, groups, seed=seed, draws=draws, bounds=bounds)
 
 
 def compare(
@@ -106,7 +96,7 @@ def compare(
             "Compare response sets over the same prompts.",
         )
     result = outcomes(first, second, margin=margin)
-    low, high = interval(result, groups, seed=seed)
+    low, high = interval(result, groups, seed=seed, bounds=(-1.0, 1.0))
     win, lose = float(np.mean(result > 0)), float(np.mean(result < 0))
     return Comparison(
         candidate=candidate.name,

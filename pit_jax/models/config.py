@@ -12,8 +12,9 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_with_no_batch_dims")
 QUANTISED = ("int8",)
+ATTENTION_FORMS = ("auto", "xla", "splash", "cudnn")
 
-HOW_IT_RUNS = frozenset({"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk"})
+HOW_IT_RUNS = frozenset({"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk", "attention"})
 """Fields that say how a network is computed or trained, not which function it is."""
 
 
@@ -34,6 +35,9 @@ class ModelConfig:
       matrix products) or dots_with_no_batch_dims (all but products with parameters).
     scan_layers: one compiled layer in a loop (compiles fast) or unrolled (runs faster on CPU).
     logprob_chunk: vocabulary entries of which float32 logits exist at once in training.
+    attention: "splash" (TPU) and "cudnn" (GPU) are flash kernels, whose memory is linear in the length; "xla" runs
+      everywhere; "auto" is the kernel of the platform. What a kernel cannot do, relative position biases say, and
+      decoding token by token are XLA's in any case (`models/attending.py`).
     lora: low-rank adapters of linear maps; their matrices are parameters beside the kernels.
     quantised: "int8" stores the frozen kernels of attention and feed-forward layers so, with a scale per output
       channel; only with `lora`.
@@ -55,6 +59,7 @@ class ModelConfig:
     remat: str = "none"
     scan_layers: bool = True
     logprob_chunk: int = 8192
+    attention: str = "auto"
     lora: Lora | None = None
     quantised: str | None = None
 
@@ -70,6 +75,7 @@ class ModelConfig:
         self._check_choice("dtype", DTYPES)
         self._check_choice("param_dtype", DTYPES)
         self._check_choice("remat", REMAT_POLICIES)
+        self._check_choice("attention", ATTENTION_FORMS)
         if not self.norm_eps > 0:
             raise self.bad("norm_eps", "be positive", "1e-6 is usual.")
         if not 0 <= self.dropout < 1:

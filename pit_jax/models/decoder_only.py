@@ -11,10 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import functional, layers
+from pit_jax.models import attending, functional, layers
 from pit_jax.models.api import Attention
 from pit_jax.models.config import ModelConfig, RopeScaling
 from pit_jax.ops import logprob, mask, relative_bias, rotary
+from pit_jax.ops.sight import Order
 from pit_jax.sharding.rules import constrain
 
 POSITIONS = ("rotary", "learned", "relative")
@@ -212,19 +213,26 @@ class DecoderNet(nnx.Module):
         x = self.embedding(row, self.config.embedding_factor, key)
         return constrain(x, ("batch", "length", None))
 
-    def seen(self, row: layers.Row, attention: Attention, prefix: Bool[Array, "B L"] | None) -> Bool[Array, "B 1 L L"]:
-        """Return what the tokens of whole rows see, but for windows; tokens of a prefix see its later ones too."""
-        seen = mask.same_segment(row.segments, row.segments)
-        if attention == "bidirectional":
-            return seen
-        causal = mask.causal(row.positions, row.positions)
-        return seen & (causal if prefix is None else causal | mask.prefix(prefix, prefix))
+    def scene(self, row: layers.Row, attention: Attention, prefix: int) -> attending.Scene:
+        """Return what the tokens of whole rows see; those of the first `prefix` columns see each other both ways."""
+        seen, tokens = Order(causal=attention == "causal", prefix=prefix), layers.tokens(row)
+        return attending.scene(self.form(row, prefix), tokens, tokens, seen, self._near(seen))
 
-    def view(self, seen: Bool[Array, "B 1 Q K"], queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> layers.View:
+    def form(self, row: layers.Row, prefix: int) -> attending.Form:
+        """Return the form of attention of whole rows; a prefix and a window together are XLA's."""
+        config = self.config
+        if prefix and config.window is not None:
+            return "xla"
+        relative = config.position == "relative"
+        return attending.form(config, row.tokens.shape[1], softcap=config.attention_softcap, bias=relative)
+
+    def _near(self, seen: Order) -> Order | None:
+        window = self.config.window
+        return None if window is None else dataclasses.replace(seen, before=window - 1, after=window - 1)
+
+    def view(self, scene: attending.Scene, queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> layers.View:
         """Return what all layers know of their queries: what they see, how they are turned, and the bias."""
-        config, near, turn, near_turn, bias = self.config, None, None, None, layers.Bias(None, None)
-        if config.window is not None:
-            near = seen & mask.window(queries, keys, config.window)
+        config, turn, near_turn, bias = self.config, None, None, layers.Bias(None, None)
         if config.position == "rotary":
             turn = layers.Rotary(*rotary.table(queries, config.head_dim, config.rope_base, config.rope_scaling))
         if config.local_rope_base is not None:
@@ -234,19 +242,19 @@ class DecoderNet(nnx.Module):
             buckets = relative_bias.bucket(relative, False, config.relative_buckets, config.relative_max_distance)
             own = config.relative_per_layer
             bias = layers.Bias(None, buckets) if own else layers.Bias(self.relative_bias(buckets), None)
-        return layers.View(seen=seen, near=near, turn=turn, near_turn=near_turn, bias=bias)
+        return layers.View(scene=scene, turn=turn, near_turn=near_turn, bias=bias)
 
     def run(
-        self, row: layers.Row, seen: Bool[Array, "B 1 L L"], key: jax.Array | None, *, keep: bool
+        self, row: layers.Row, scene: attending.Scene, key: jax.Array | None, *, keep: bool
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues | tuple[()]]:
         """Return the final states of whole rows and, to `keep` for a cache, every layer's keys and values."""
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        view = self.view(seen, row.positions, row.positions)
+        view = self.view(scene, row.positions, row.positions)
 
         def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, layers.KeysValues | tuple[()]]:
             windowed, key = inputs
             queries, known = block.look(x, view.turn_of(windowed))
-            x = block.finish(x, queries, known, block.sight(view.mask_of(windowed), view.bias), None, key)
+            x = block.finish(x, queries, known, block.sight(view.scene, windowed, view.bias), None, key)
             return constrain(x, ("batch", "length", None)), known if keep else ()
 
         inputs = (self.config.windowed, layers.layer_keys(layer_key, self.config.layers))
@@ -255,13 +263,16 @@ class DecoderNet(nnx.Module):
 
     def extend(self, cache: DecoderCache, row: layers.Row) -> tuple[Float[Array, "B D"], DecoderCache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        view = self.view(mask.causal(row.positions, cache.positions), row.positions, cache.positions)
+        here, there, window = row.positions, cache.positions, self.config.window
+        seen = mask.causal(here, there)
+        near = None if window is None else seen & mask.reach(here, there, window - 1, window - 1)
+        view = self.view(attending.Masks(seen, near, cached=True), here, there)
 
         def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, kept), (index, windowed) = carry, inputs
             queries, new = block.look(x, view.turn_of(windowed))
             kept, known = layers.remember(kept, new, index, cache.slot)
-            sight = block.sight(view.mask_of(windowed), view.bias)
+            sight = block.sight(view.scene, windowed, view.bias)
             return (block.finish(x, queries, known, sight, None, None), kept), None
 
         inputs = (np.arange(self.config.layers, dtype=np.int32), self.config.windowed)
@@ -294,7 +305,7 @@ class DecoderOnly:
 
     def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final states; `bidirectional` lets every token see its whole segment, prompt and response."""
-        states = self._states(params, layers.joint_row(x), attention, key)
+        states = self._states(params, x, attention, key)
         return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
@@ -302,7 +313,7 @@ class DecoderOnly:
 
         The first token of a response without any prompt has none: its state is 0, hence its distribution uniform.
         """
-        return _gather(self._states(params, layers.joint_row(x), "causal", key), layers.predecessors(x))
+        return layers.gather(self._states(params, x, "causal", key), layers.predecessors(x))
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
         """Return the scores of each response token."""
@@ -339,7 +350,8 @@ class DecoderOnly:
         if prefix is not None:
             roles = jnp.where(prefix, layers.PROMPT, roles)
         row = layers.Row(tokens, segments, positions, roles)
-        states, _ = net.run(row, net.seen(row, "causal", prefix), None, keep=False)
+        scene = net.scene(row, "causal", 0) if prefix is None else self._anywhere(row, prefix)
+        states, _ = net.run(row, scene, None, keep=False)
         return self._logits(net, states)
 
     def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], DecoderCache]:
@@ -354,13 +366,15 @@ class DecoderOnly:
             rule = f"be at least {width} prompt tokens + {max_new} new ones"
             raise self.config.bad("max_positions", rule, "Shorten either, or train a model with more positions.")
         row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
-        states, known = net.run(row, net.seen(row, "causal", self._prefix(row)), None, keep=True)
+        states, known = net.run(row, net.scene(row, "causal", self._prefix(width)), None, keep=True)
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         new = lengths[:, None] + jnp.arange(max_new, dtype=jnp.int32)[None, :]
         positions = jnp.concatenate([jnp.where(prompts.mask, row.positions, _NEVER), new], axis=1)
-        keys, values = (jnp.pad(a, ((0, 0), (0, 0), (0, max_new), (0, 0), (0, 0))) for a in known)
+        unused = attending.slots(width + max_new) - width - max_new
+        positions = jnp.pad(positions, ((0, 0), (0, unused)), constant_values=_NEVER)
+        keys, values = (layers.with_room(part, max_new + unused) for part in known)
         slot = jnp.asarray(width, jnp.int32)
-        last = _gather(states, lengths[:, None] - 1)[:, 0]
+        last = layers.gather(states, lengths[:, None] - 1)[:, 0]
         return self._logits(net, last), DecoderCache(keys=keys, values=values, positions=positions, slot=slot)
 
     def step(
@@ -376,21 +390,31 @@ class DecoderOnly:
     def _bind(self, params: Params) -> DecoderNet:
         return functional.bind(DecoderNet, self.config, params)
 
-    def _prefix(self, row: layers.Row) -> Bool[Array, "B L"] | None:
-        return row.roles != layers.RESPONSE if self.config.prefix_lm else None
+    def _prefix(self, prompts: int) -> int:
+        return prompts if self.config.prefix_lm else 0
+
+    def _anywhere(self, row: layers.Row, prefix: Bool[Array, "B L"]) -> attending.Masks:
+        """Return what tokens see where those of a prefix may stand anywhere."""
+        window, places = self.config.window, row.positions
+        causal = mask.causal(places, places) | mask.prefix(prefix, prefix)
+        seen = mask.same_segment(row.segments, row.segments) & causal
+        near = None if window is None else seen & mask.reach(places, places, window - 1, window - 1)
+        return attending.Masks(seen, near)
 
     def _states(
-        self, params: Params, row: layers.Row, attention: Attention, key: jax.Array | None
+        self, params: Params, x: Conditional, attention: Attention, key: jax.Array | None
     ) -> Float[Array, "B L D"]:
-        net = self._bind(params)
-        return net.run(row, net.seen(row, attention, self._prefix(row)), key, keep=False)[0]
+        """Return the final states of `[prompt | response]`.
+
+        A kernel's window counts columns: padding between prompt and response must go first.
+        """
+        net, row = self._bind(params), layers.joint_row(x)
+        prefix = self._prefix(x.prompt.shape[1]) if attention == "causal" else 0
+        if self.config.window is None or net.form(row, prefix) != "splash":
+            return net.run(row, net.scene(row, attention, prefix), key, keep=False)[0]
+        row, places = layers.compact(row)
+        return layers.gather(net.run(row, net.scene(row, attention, prefix), key, keep=False)[0], places)
 
     def _logits(self, net: DecoderNet, states: Float[Array, "B *L D"]) -> Float[Array, "B *L V"]:
         head, config = net.output_matrix(), self.config
         return logprob.logits(states, head, softcap=config.logit_softcap, scale=config.logit_scale)
-
-
-def _gather(states: Float[Array, "B L D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return the states at the indices of each row, and 0 where an index is -1."""
-    found = jnp.take_along_axis(states, jnp.maximum(index, 0)[:, :, None], axis=1)
-    return jnp.where((index >= 0)[:, :, None], found, jnp.zeros_like(found))

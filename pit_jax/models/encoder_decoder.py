@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pit_jax.models import functional, layers
+from pit_jax.models import attending, functional, layers
 from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
 from pit_jax.ops import mask, relative_bias
+from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
 
@@ -100,9 +101,9 @@ class Stack(nnx.Module):
     def run(
         self,
         x: Float[Array, "B L D"],
-        seen: Bool[Array, "#B 1 L L"],
+        scene: attending.Scene,
         bias: layers.Bias,
-        encoded: tuple[Float[Array, "B S D"], layers.Sight] | None,
+        encoded: tuple[Float[Array, "B S D"], attending.Scene] | None,
         key: jax.Array | None,
     ) -> Float[Array, "B L D"]:
         """Return the final states of whole rows; a decoder gets the encoder's states and what it sees of them."""
@@ -111,8 +112,8 @@ class Stack(nnx.Module):
             queries, known = block.look(x, None)
             cross = None
             if encoded is not None:
-                cross = layers.Cross(block.cross.keys_values(encoded[0], None), encoded[1])
-            x = block.finish(x, queries, known, block.sight(seen, bias), cross, key)
+                cross = layers.Cross(block.cross.keys_values(encoded[0], None), layers.Sight(encoded[1]))
+            x = block.finish(x, queries, known, block.sight(scene, None, bias), cross, key)
             return constrain(x, ("batch", "length", None)), None
 
         return self.final_norm(self.each(body, x, layers.layer_keys(key, self.count))[0])
@@ -123,20 +124,22 @@ class Stack(nnx.Module):
         def body(block: layers.Block, carry: None, inputs: None) -> tuple[None, layers.KeysValues]:
             return None, block.cross.keys_values(encoded, None)
 
-        return self.each(body, None, None)[1]
+        return layers.KeysValues(*(layers.with_room(part, 0) for part in self.each(body, None, None)[1]))
 
     def extend(self, cache: Seq2SeqCache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
         """Return the final states of one new token per row, and the cache that knows it."""
         slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, :]
         here = cache.slot[None, None]
-        seen, bias = mask.causal(here, slots), self.bias(here, slots)
-        prompt_sight = layers.Sight(cache.prompt_mask[:, None, None, :], None)
+        scene, bias = attending.Masks(mask.causal(here, slots), cached=True), self.bias(here, slots)
+        prompt_sight = layers.Sight(attending.Masks(cache.prompt_mask[:, None, None, :], cached=True))
 
         def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, kept), (index, prompt) = carry, inputs
             queries, new = block.look(x, None)
             kept, known = layers.remember(kept, new, index, cache.slot)
-            x = block.finish(x, queries, known, block.sight(seen, bias), layers.Cross(prompt, prompt_sight), None)
+            x = block.finish(
+                x, queries, known, block.sight(scene, None, bias), layers.Cross(prompt, prompt_sight), None
+            )
             return (x, kept), None
 
         index = np.arange(self.count, dtype=np.int32)
@@ -171,17 +174,16 @@ class EncoderDecoderNet(nnx.Module):
         """Return the input of the first layer."""
         return constrain(self.embedding(row, 1.0, key), ("batch", "length", None))
 
-    def encode(self, row: layers.Row, key: jax.Array | None, *, contiguous: bool) -> Float[Array, "B L D"]:
-        """Return the encoder's states of a row.
+    def encode(self, row: layers.Row, key: jax.Array | None) -> Float[Array, "B L D"]:
+        """Return the encoder's states of a row whose segments are runs of columns.
 
-        Where segments are contiguous runs, differences of positions are differences of columns, so that one bias
-        serves all rows; it is a B-th of the size.
+        Differences of positions are then differences of columns: one bias, a B-th of the size, serves all rows.
         """
         keys = (None, None) if key is None else jax.random.split(key)
         columns = jnp.arange(row.tokens.shape[1], dtype=jnp.int32)[None, :]
-        positions = columns if contiguous else row.positions
-        seen, bias = mask.same_segment(row.segments, row.segments), self.encoder.bias(positions, positions)
-        return self.encoder.run(self.embed(row, keys[0]), seen, bias, None, keys[1])
+        tokens, order = layers.tokens(row), Order(causal=False)
+        scene = attending.scene("xla", tokens, tokens, order)
+        return self.encoder.run(self.embed(row, keys[0]), scene, self.encoder.bias(columns, columns), None, keys[1])
 
     def decode(
         self, prompt: layers.Row, encoded: Float[Array, "B S D"], inputs: layers.Row, key: jax.Array | None
@@ -189,16 +191,19 @@ class EncoderDecoderNet(nnx.Module):
         """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses)."""
         keys = (None, None) if key is None else jax.random.split(key)
         columns = jnp.arange(inputs.tokens.shape[1], dtype=jnp.int32)[None, :]
-        seen = mask.same_segment(inputs.segments, inputs.segments) & mask.causal(columns, columns)
-        across = layers.Sight(mask.same_segment(inputs.segments, prompt.segments), None)
+        tokens = Tokens(inputs.segments, columns)
+        # Kernels know no relative position bias; where the decoder looks at the encoder's states there is none.
+        scene = attending.scene("xla", tokens, tokens, Order(causal=True))
+        form = attending.form(self.config, prompt.tokens.shape[1], softcap=None, bias=False)
+        across = attending.scene(form, tokens, layers.tokens(prompt), Order(causal=False))
         bias = self.decoder.bias(columns, columns)
-        return self.decoder.run(self.embed(inputs, keys[0]), seen, bias, (encoded, across), keys[1])
+        return self.decoder.run(self.embed(inputs, keys[0]), scene, bias, (encoded, across), keys[1])
 
     def start(self, encoded: Float[Array, "B S D"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
         """Return a cache with room for `slots` tokens."""
         memory = self.decoder.prompt_memory(encoded)
         layer, rows, _, heads, width = memory.keys.shape
-        empty = jnp.zeros((layer, rows, slots, heads, width), memory.keys.dtype)
+        empty = layers.with_room(jnp.zeros((layer, rows, 0, heads, width), memory.keys.dtype), slots)
         return Seq2SeqCache(
             keys=empty,
             values=empty,

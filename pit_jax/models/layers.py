@@ -12,9 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, TokenScores
+from pit_jax.models import attending
+from pit_jax.models.attending import KeysValues, Scene, Scores
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.quantised import Quantised, product, quantise_kernel
-from pit_jax.ops import attention, norm, rotary, segment
+from pit_jax.ops import norm, rotary, segment
+from pit_jax.ops.sight import Tokens
+from pit_jax.sharding.rules import constrain
 
 PROMPT, REFERENCE, RESPONSE = range(3)
 """Roles of tokens, the rows of the role embedding."""
@@ -49,10 +53,11 @@ class BlockConfig:
 
 
 class Sight(NamedTuple):
-    """What queries see: `mask[#B, 1, Q, K]`, and `bias[#B, H, Q, K]` on the scores where there is one."""
+    """What a layer's queries see: the scene, whether this layer has its window, and the bias `[#B, H, Q, K]`."""
 
-    mask: Bool[Array, "#B 1 Q K"]
-    bias: Float[Array, "#B H Q K"] | None
+    scene: Scene
+    windowed: Bool[Array, ""] | None = None
+    bias: Float[Array, "#B H Q K"] | None = None
 
 
 class Bias(NamedTuple):
@@ -65,13 +70,6 @@ class Bias(NamedTuple):
     buckets: Int[Array, "#B Q K"] | None
 
 
-class KeysValues(NamedTuple):
-    """Keys and values of one layer, `[B, K, Kh, E]` each, or of all."""
-
-    keys: Float[Array, "*N B K Kh E"]
-    values: Float[Array, "*N B K Kh E"]
-
-
 def remember(
     cache: KeysValues, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, ""]
 ) -> tuple[KeysValues, KeysValues]:
@@ -81,7 +79,13 @@ def remember(
     """
     at = (layer, 0, slot, 0, 0)
     written = [jax.lax.dynamic_update_slice(old, one[None], at) for old, one in zip(cache, new, strict=True)]
+    written = [constrain(part, attending.CACHE) for part in written]
     return KeysValues(*written), KeysValues(*(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in written))
+
+
+def with_room(known: Float[Array, "N B C Kh E"], slots: int) -> Float[Array, "N B C+slots Kh E"]:
+    """Return keys or values of all layers as a cache: with so many empty slots more, and cut by the rules."""
+    return constrain(jnp.pad(known, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))), attending.CACHE)
 
 
 class Row(NamedTuple):
@@ -103,19 +107,14 @@ class Rotary(NamedTuple):
 class View(NamedTuple):
     """What all layers of a decoder know of their queries, in two kinds where some layers have a window.
 
-    seen, near: masks of layers that see everything and of those with a window; turn, near_turn: their rotary angles.
-    None for `near` and `near_turn`: as the others. Which kind a layer is of is an array, as in a scan over layers.
+    scene: what they see; turn, near_turn: rotary angles of layers that see everything and of those with a window, None
+    for `near_turn`: as the others. Which kind a layer is of is an array, as in a scan over layers.
     """
 
-    seen: Bool[Array, "B 1 Q K"]
-    near: Bool[Array, "B 1 Q K"] | None
+    scene: Scene
     turn: Rotary | None
     near_turn: Rotary | None
     bias: Bias
-
-    def mask_of(self, windowed: Bool[Array, ""]) -> Bool[Array, "B 1 Q K"]:
-        """Return one layer's mask."""
-        return self.seen if self.near is None else jnp.where(windowed, self.near, self.seen)
 
     def turn_of(self, windowed: Bool[Array, ""]) -> Rotary | None:
         """Return one layer's rotary angles."""
@@ -146,6 +145,27 @@ def joint_row(x: Conditional) -> Row:
     before = jnp.sum(_own_prompt(x), axis=2, dtype=jnp.int32)
     response = response._replace(positions=response.positions + before)
     return Row(*(jnp.concatenate(parts, axis=1) for parts in zip(prompt, response, strict=True)))
+
+
+def tokens(row: Row) -> Tokens:
+    """Return what attention must know of a row."""
+    return Tokens(row.segments, row.positions)
+
+
+def compact(row: Row) -> tuple[Row, Int[Array, "B L"]]:
+    """Return the row with each segment a run of columns and padding at the end, and where each token went.
+
+    Then distances between columns of a segment are distances of positions, the same in all rows.
+    """
+    order = jnp.argsort(jnp.where(row.segments > 0, row.segments, jnp.iinfo(jnp.int32).max), axis=1, stable=True)
+    moved = Row(*(jnp.take_along_axis(part, order, axis=1) for part in row))
+    return moved, jnp.argsort(order, axis=1)
+
+
+def gather(states: Float[Array, "B L D"], index: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Return the states at the indices of each row, and 0 where an index is -1."""
+    found = jnp.take_along_axis(states, jnp.maximum(index, 0)[:, :, None], axis=1)
+    return constrain(jnp.where((index >= 0)[:, :, None], found, jnp.zeros_like(found)), ("batch", "length", None))
 
 
 def predecessors(x: Conditional) -> Int[Array, "B T"]:
@@ -348,24 +368,17 @@ class Attention(nnx.Module):
     def queries(self, x: Float[Array, "B Q D"], turn: Rotary | None) -> Float[Array, "B Q H E"]:
         """Return the queries, normalised where that is done, turned to their positions."""
         queries = self.query_norm(self.query(x)) if self.block.qk_norm else self.query(x)
-        return queries if turn is None else rotary.apply(queries, *turn)
+        return constrain(queries if turn is None else rotary.apply(queries, *turn), attending.QUERIES)
 
     def keys_values(self, x: Float[Array, "B K D"], turn: Rotary | None) -> KeysValues:
         """Return keys, normalised and turned like queries, and values."""
         keys = self.key_norm(self.key(x)) if self.block.qk_norm else self.key(x)
-        return KeysValues(keys if turn is None else rotary.apply(keys, *turn), self.value(x))
+        return attending.cut(KeysValues(keys if turn is None else rotary.apply(keys, *turn), self.value(x)))
 
     def read(self, queries: Float[Array, "B Q H E"], known: KeysValues, sight: Sight) -> Float[Array, "B Q D"]:
         """Return what the queries find among keys and values."""
-        found = attention.attend(
-            queries,
-            *known,
-            mask=sight.mask,
-            bias=sight.bias,
-            scale=self.block.attention_scale,
-            softcap=self.block.softcap,
-        )
-        return self.out(found)
+        scores = Scores(self.block.attention_scale, self.block.softcap, sight.bias)
+        return self.out(attending.attend(queries, known, sight.scene, sight.windowed, scores))
 
 
 class RelativeBias(nnx.Module):
@@ -377,7 +390,8 @@ class RelativeBias(nnx.Module):
 
     def __call__(self, buckets: Int[Array, "#B Q K"]) -> Float[Array, "#B H Q K"]:
         """Return the bias, of which `ops.relative_bias.bucket` gave the buckets."""
-        return jnp.moveaxis(jnp.take(self.table[...].astype(jnp.float32), buckets, axis=0), 3, 1)
+        bias = jnp.moveaxis(jnp.take(self.table[...].astype(jnp.float32), buckets, axis=0), 3, 1)
+        return constrain(bias, ("batch", "heads", "length", None))
 
 
 class FeedForward(nnx.Module):
@@ -447,9 +461,9 @@ class Block(nnx.Module):
         if block.relative_buckets is not None:
             self.relative_bias = RelativeBias(keys[3], config, block.relative_buckets)
 
-    def sight(self, mask: Bool[Array, "#B 1 Q K"], bias: Bias) -> Sight:
+    def sight(self, scene: Scene, windowed: Bool[Array, ""] | None, bias: Bias) -> Sight:
         """Return what the layer's queries see, with the bias of this layer's own table where it has one."""
-        return Sight(mask, bias.shared if bias.buckets is None else self.relative_bias(bias.buckets))
+        return Sight(scene, windowed, bias.shared if bias.buckets is None else self.relative_bias(bias.buckets))
 
     def look(self, x: Float[Array, "B L D"], turn: Rotary | None) -> tuple[Float[Array, "B L H E"], KeysValues]:
         """Return the queries, and the keys and values, of the layer's inputs."""

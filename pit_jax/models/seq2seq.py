@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import functional, layers
+from pit_jax.models import attending, functional, layers
 from pit_jax.models.api import Attention
 from pit_jax.models.config import ModelConfig
 from pit_jax.ops import logprob
@@ -76,8 +76,8 @@ class Seq2SeqNet(Protocol):
         """Return the matrix from hidden states to logits."""
         ...
 
-    def encode(self, row: layers.Row, key: jax.Array | None, *, contiguous: bool) -> Float[Array, "B L De"]:
-        """Return the encoder's states of a row; `contiguous` says that its segments are runs."""
+    def encode(self, row: layers.Row, key: jax.Array | None) -> Float[Array, "B L De"]:
+        """Return the encoder's states of a row whose segments are runs of columns."""
         ...
 
     def decode(
@@ -122,11 +122,12 @@ class Seq2Seq:
         """
         net = self._bind(params)
         if attention == "bidirectional":
-            states = net.encode(layers.joint_row(x), key, contiguous=False)
+            row, places = layers.compact(layers.joint_row(x))
+            states = layers.gather(net.encode(row, key), places)
             return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
         keys = (None, None) if key is None else jax.random.split(key)
         prompt = layers.prompt_row(x.prompt, x.prompt_segments, x.prompt_reference)
-        encoded = net.encode(prompt, keys[0], contiguous=True)
+        encoded = net.encode(prompt, keys[0])
         response = layers.response_row(x.response, x.response_segments)
         inputs = layers.shift_right(response, self.config.start_id)
         return Hidden(encoded, net.decode(prompt, encoded, inputs, keys[1]))
@@ -164,7 +165,7 @@ class Seq2Seq:
         """
         net = self._bind(params)
         prompt = layers.prompt_row(tokens, mask.astype(jnp.int32), jnp.zeros_like(mask))
-        encoded = net.encode(prompt, None, contiguous=True)
+        encoded = net.encode(prompt, None)
         inputs = layers.response_row(decoder_tokens, jnp.ones_like(decoder_tokens))
         return self._logits(net, net.decode(prompt, encoded, inputs, None))
 
@@ -173,7 +174,7 @@ class Seq2Seq:
         net = self._bind(params)
         row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
         # One slot more than new tokens: the start token takes the first.
-        cache = net.start(net.encode(row, None, contiguous=True), prompts.mask, max_new + 1)
+        cache = net.start(net.encode(row, None), prompts.mask, attending.slots(max_new + 1))
         return self.step(params, cache, jnp.full(prompts.tokens.shape[:1], self.config.start_id, jnp.int32))
 
     def step(

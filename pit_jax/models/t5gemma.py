@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.errors import invalid
-from pit_jax.models import functional, layers
+from pit_jax.models import attending, functional, layers
 from pit_jax.models.config import ModelConfig, RopeScaling
 from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
 from pit_jax.ops import mask, rotary
+from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
 _NORM_OFFSET = 1.0
@@ -161,10 +162,10 @@ def _check_heads(config: str, heads: int, kv_heads: int, head_dim: int) -> None:
 
 
 class Encoded(NamedTuple):
-    """The encoder's final states, and which of them each query of the decoder sees."""
+    """The encoder's final states, and what the decoder sees of them; None where its own scene says so (merged)."""
 
     states: Float[Array, "B S De"]
-    seen: Bool[Array, "B 1 #T S"]
+    scene: attending.Scene | None
 
 
 class Stack(nnx.Module):
@@ -188,15 +189,21 @@ class Stack(nnx.Module):
         every, number = self.config.global_every, np.arange(1, self.count + 1)
         return (number % every != 0 if every else number > 0) & (self.reach is not None)
 
-    def view(self, seen: Bool[Array, "B 1 Q K"], queries: Int[Array, "B Q"], keys: Int[Array, "B K"]) -> layers.View:
+    def near(self, seen: Order) -> Order | None:
+        """Return the order of layers with a window, None where there are none."""
+        return None if self.reach is None else dataclasses.replace(seen, before=self.reach[0], after=self.reach[1])
+
+    def form(self, keys: int) -> attending.Form:
+        """Return the form of attention over so many keys."""
+        return attending.form(self.size, keys, softcap=self.config.attention_softcap, bias=False)
+
+    def view(self, scene: attending.Scene, queries: Int[Array, "B Q"]) -> layers.View:
         """Return what all layers know of their queries, but for what they see of the encoder."""
-        config, near, near_turn = self.config, None, None
-        if self.reach is not None:
-            near = seen & mask.reach(queries, keys, *self.reach)
+        config, near_turn = self.config, None
         turn = layers.Rotary(*rotary.table(queries, self.size.head_dim, config.rope_base, config.rope_scaling))
         if config.local_rope_base is not None:
             near_turn = layers.Rotary(*rotary.table(queries, self.size.head_dim, config.local_rope_base))
-        return layers.View(seen=seen, near=near, turn=turn, near_turn=near_turn, bias=layers.Bias(None, None))
+        return layers.View(scene=scene, turn=turn, near_turn=near_turn, bias=layers.Bias(None, None))
 
     def run(
         self,
@@ -206,19 +213,16 @@ class Stack(nnx.Module):
         key: jax.Array | None,
     ) -> Float[Array, "B L D"]:
         """Return the final states of whole rows; a decoder gets the encoder's states and what it sees of them."""
-        merged = encoded is not None and self.config.merged_attention
-        if encoded is not None and merged:
-            view = _beside(encoded.seen, view)
 
         def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, None]:
             (windowed, key), cross = inputs, None
             queries, known = block.look(x, view.turn_of(windowed))
-            if encoded is not None and merged:
+            if encoded is not None and encoded.scene is None:
                 prompt = self.recall(block, encoded.states)
                 known = layers.KeysValues(*(jnp.concatenate(ab, axis=1) for ab in zip(prompt, known, strict=True)))
-            elif encoded is not None:
-                cross = layers.Cross(self.recall(block, encoded.states), layers.Sight(encoded.seen, None))
-            x = block.finish(x, queries, known, layers.Sight(view.mask_of(windowed), None), cross, key)
+            elif encoded is not None and encoded.scene is not None:
+                cross = layers.Cross(self.recall(block, encoded.states), layers.Sight(encoded.scene))
+            x = block.finish(x, queries, known, layers.Sight(view.scene, windowed), cross, key)
             return constrain(x, ("batch", "length", None)), None
 
         inputs = (self.windowed, layers.layer_keys(key, self.count))
@@ -235,24 +239,27 @@ class Stack(nnx.Module):
         def body(block: layers.Block, carry: None, inputs: None) -> tuple[None, layers.KeysValues]:
             return None, self.recall(block, states)
 
-        return self.each(body, None, None)[1]
+        return layers.KeysValues(*(layers.with_room(part, 0) for part in self.each(body, None, None)[1]))
 
     def extend(self, cache: Seq2SeqCache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        across = layers.Sight(cache.prompt_mask[:, None, None, :], None)
-        prompts = cache.prompt_mask.shape[1] if self.config.merged_attention else 0
+        merged, prompt_mask = self.config.merged_attention, cache.prompt_mask[:, None, None, :]
+        prompts = cache.prompt_mask.shape[1] if merged else 0
         slots = jnp.arange(cache.keys.shape[2] - prompts, dtype=jnp.int32)[None, :]
         here = cache.slot[None, None]
-        view = self.view(mask.causal(here, slots), here, slots)
-        if self.config.merged_attention:
-            view = _beside(across.mask, view)
+        seen = mask.causal(here, slots)
+        near = None if self.reach is None else seen & mask.reach(here, slots, *self.reach)
+        if merged:
+            seen, near = _beside(prompt_mask, seen), None if near is None else _beside(prompt_mask, near)
+        view = self.view(attending.Masks(seen, near, cached=True), here)
+        across = layers.Sight(attending.Masks(prompt_mask, cached=True))
 
         def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
             (x, kept), (index, windowed, keys, values) = carry, inputs
             queries, new = block.look(x, view.turn_of(windowed))
             kept, known = layers.remember(kept, new, index, prompts + cache.slot)
             cross = None if keys is None else layers.Cross(layers.KeysValues(keys, values), across)
-            x = block.finish(x, queries, known, layers.Sight(view.mask_of(windowed), None), cross, None)
+            x = block.finish(x, queries, known, layers.Sight(view.scene, windowed), cross, None)
             return (x, kept), None
 
         inputs = (np.arange(self.count, dtype=np.int32), self.windowed, cache.prompt_keys, cache.prompt_values)
@@ -265,15 +272,9 @@ class Stack(nnx.Module):
         return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
 
 
-def _beside(across: Bool[Array, "B 1 #Q S"], view: layers.View) -> layers.View:
-    """Return the view of queries that see the encoder's states beside their own stack's, and before them."""
-
-    def joined(own: Bool[Array, "#B 1 Q K"]) -> Bool[Array, "B 1 Q K+S"]:
-        rows, queries = across.shape[0], own.shape[2]
-        parts = (jnp.broadcast_to(part, (rows, 1, queries, part.shape[3])) for part in (across, own))
-        return jnp.concatenate(list(parts), axis=3)
-
-    return view._replace(seen=joined(view.seen), near=None if view.near is None else joined(view.near))
+def _beside(prompt: Bool[Array, "B 1 1 S"], own: Bool[Array, "#B 1 1 K"]) -> Bool[Array, "B 1 1 S+K"]:
+    """Return the mask of queries that see the encoder's states beside their own stack's, and before them."""
+    return jnp.concatenate([prompt, jnp.broadcast_to(own, (prompt.shape[0], *own.shape[1:]))], axis=3)
 
 
 class T5GemmaNet(nnx.Module):
@@ -299,34 +300,40 @@ class T5GemmaNet(nnx.Module):
         """Return the input of a stack's first layer."""
         return constrain(embedding(row, embedding.config.width**0.5, key), ("batch", "length", None))
 
-    def encode(self, row: layers.Row, key: jax.Array | None, *, contiguous: bool) -> Float[Array, "B L De"]:
-        """Return the encoder's states of a row, whose segments need not be `contiguous`."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        view = self.encoder.view(mask.same_segment(row.segments, row.segments), row.positions, row.positions)
+    def encode(self, row: layers.Row, key: jax.Array | None) -> Float[Array, "B L De"]:
+        """Return the encoder's states of a row whose segments are runs of columns."""
+        keys, stack, tokens = (None, None) if key is None else jax.random.split(key), self.encoder, layers.tokens(row)
+        seen = Order(causal=False)
+        scene = attending.scene(stack.form(row.tokens.shape[1]), tokens, tokens, seen, stack.near(seen))
         embedding = self.embedding if self.config.shared_embedding else self.encoder_embedding
-        return self.encoder.run(self.embed(embedding, row, keys[0]), view, None, keys[1])
+        return stack.run(self.embed(embedding, row, keys[0]), stack.view(scene, row.positions), None, keys[1])
 
     def decode(
         self, prompt: layers.Row, encoded: Float[Array, "B S De"], inputs: layers.Row, key: jax.Array | None
     ) -> Float[Array, "B T D"]:
         """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses)."""
-        keys = (None, None) if key is None else jax.random.split(key)
-        segments, places = inputs.segments, inputs.positions
-        seen = mask.same_segment(segments, segments) & mask.causal(places, places)
-        across = Encoded(encoded, mask.same_segment(segments, prompt.segments))
-        x = self.embed(self.embedding, inputs, keys[0])
-        return self.decoder.run(x, self.decoder.view(seen, places, places), across, keys[1])
+        keys, stack = (None, None) if key is None else jax.random.split(key), self.decoder
+        queries, others, prompts = layers.tokens(inputs), layers.tokens(prompt), prompt.tokens.shape[1]
+        if self.config.merged_attention:
+            known = Tokens(*(jnp.concatenate(parts, axis=1) for parts in zip(others, queries, strict=True)))
+            seen, across = Order(causal=True, memory=prompts), None
+        else:
+            known, seen = queries, Order(causal=True)
+            across = attending.scene(stack.form(prompts), queries, others, Order(causal=False))
+        form = stack.form(known.segments.shape[1])
+        view = stack.view(attending.scene(form, queries, known, seen, stack.near(seen)), inputs.positions)
+        return stack.run(self.embed(self.embedding, inputs, keys[0]), view, Encoded(encoded, across), keys[1])
 
     def start(self, encoded: Float[Array, "B S De"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
         """Return a cache with room for `slots` tokens."""
         memory, slot = self.decoder.prompt_memory(encoded), jnp.zeros((), jnp.int32)
-        room = ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))
         if self.config.merged_attention:
-            keys, values = (jnp.pad(part, room) for part in memory)
+            prompts = prompt_mask.shape[1]
+            keys, values = (layers.with_room(part, attending.slots(prompts + slots) - prompts) for part in memory)
             return Seq2SeqCache(
                 keys=keys, values=values, prompt_keys=None, prompt_values=None, prompt_mask=prompt_mask, slot=slot
             )
-        empty = jnp.pad(jnp.zeros_like(memory.keys[:, :, :0]), room)
+        empty = layers.with_room(jnp.zeros_like(memory.keys[:, :, :0]), slots)
         return Seq2SeqCache(
             keys=empty,
             values=empty,

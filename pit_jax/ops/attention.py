@@ -51,21 +51,22 @@ def attend(
         raise invalid("heads", heads, f"be a multiple of the {kv_heads} key/value heads", "Change either number.")
     groups = heads // kv_heads
     # The queries that share a key head become rows of one product: fewer and larger matrix products than one a head.
-    rows = query.reshape(batch, queries, kv_heads, groups, width).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, groups * queries, width)
+    # Columns come before groups in them, so that queries cut along the length over devices stay so.
+    rows = query.reshape(batch, queries, kv_heads, groups, width).transpose(0, 2, 1, 3, 4)
+    rows = rows.reshape(batch, kv_heads, queries * groups, width)
     scores = scale * jnp.einsum("bhqe,bkhe->bhqk", rows, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, groups, queries, keys)
+    scores = scores.reshape(batch, kv_heads, queries, groups, keys)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if bias is not None:
-        scores = scores + bias.reshape(bias.shape[0], kv_heads, groups, queries, keys)
+        scores = scores + bias.reshape(bias.shape[0], kv_heads, groups, queries, keys).swapaxes(2, 3)
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, _MASKED)
+        scores = jnp.where(mask[:, :, :, None], scores, _MASKED)
     peak = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), _FLOOR))
     weights = jnp.exp(scores - peak)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(value.dtype).reshape(batch, kv_heads, groups * queries, keys)
+    weights = weights.astype(value.dtype).reshape(batch, kv_heads, queries * groups, keys)
     out = jnp.einsum("bhqk,bkhe->bhqe", weights, value, preferred_element_type=jnp.float32)
     # Dividing after the product touches [Q, Ev] numbers instead of [Q, K].
-    out = out.reshape(batch, kv_heads, groups, queries, -1) / jnp.where(total > 0, total, 1.0)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1).astype(query.dtype)
+    out = out.reshape(batch, kv_heads, queries, groups, -1) / jnp.where(total > 0, total, 1.0)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, queries, heads, -1).astype(query.dtype)

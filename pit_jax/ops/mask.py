@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
@@ -19,25 +20,15 @@ def same_segment(q_segments: Int[Array, "B Q"], k_segments: Int[Array, "B K"]) -
     return (queries == keys) & (keys != 0)
 
 
-def window(q_positions: Int[Array, "B Q"], k_positions: Int[Array, "B K"], size: int) -> Bool[Array, "B 1 Q K"]:
-    """Let a query see the keys less than `size` positions away, on both sides (combine with `causal` for one)."""
-    return abs(q_positions[:, None, :, None] - k_positions[:, None, None, :]) < size
-
-
 def reach(
-    q_positions: Int[Array, "B Q"], k_positions: Int[Array, "B K"], before: int, after: int
-) -> Bool[Array, "B 1 Q K"]:
-    """Let a query see the keys at most `before` positions before its own and `after` behind it."""
+    q_positions: Int[Array, "#B Q"], k_positions: Int[Array, "#B K"], before: int | None, after: int | None
+) -> Bool[Array, "#B 1 Q K"]:
+    """Let a query see the keys at most `before` positions before its own and `after` behind it; None sets no bound."""
     distance = q_positions[:, None, :, None] - k_positions[:, None, None, :]
-    return (distance <= before) & (-distance <= after)
+    bounds = ([] if before is None else [distance <= before]) + ([] if after is None else [-distance <= after])
+    return functools.reduce(operator.and_, bounds, jnp.ones_like(distance, bool))
 
 
 def prefix(q_prefix: Bool[Array, "B Q"], k_prefix: Bool[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:
     """Let the queries of a prefix see all of its keys, those after them too (join to `causal` by |)."""
     return q_prefix[:, None, :, None] & k_prefix[:, None, None, :]
-
-
-def both(*masks: Bool[Array, "#B 1 #Q #K"] | None) -> Bool[Array, "#B 1 #Q #K"] | None:
-    """Let a query see what every given mask lets it see; None shows everything and so falls out."""
-    given = [mask for mask in masks if mask is not None]
-    return functools.reduce(operator.and_, given) if given else None

@@ -21,6 +21,7 @@ from pit_jax.losses.value import clipped_value_loss
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
 from pit_jax.rl.config import RlConfig
+from pit_jax.sharding.place import fetch
 from pit_jax.train.step import Objective
 
 _EPS = 1e-6
@@ -194,15 +195,17 @@ def _correlation(x: Float[Array, " N"], y: Float[Array, " N"]) -> Float[Array, "
 
 
 def batches(experience: Experience, config: RlConfig, microbatches: int, key: Key[Array, ""]) -> Iterator[Experience]:
-    """Yield the batch of every update of a step, leaves `[A, B, ...]` with A = `microbatches`.
+    """Yield the batch of every update of a step as NumPy arrays, leaves `[A, B, ...]` with A = `microbatches`.
 
     Each epoch is a new permutation of the samples, cut into minibatches; a single update takes all in order.
     """
+    # Rows of one update lie on devices of other hosts; on the host, choosing among all of them is the same anywhere.
+    experience = fetch(experience)
     rows = experience.advantage.shape[0]
     for epoch in range(config.epochs):
         samples = experience
         if config.updates > 1:
-            order = jax.random.permutation(jax.random.fold_in(key, epoch), rows)
+            order = fetch(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
             samples = jax.tree.map(lambda leaf, order=order: leaf[order], experience)
         cut = split(samples, config.minibatches * microbatches)
         for number in range(config.minibatches):

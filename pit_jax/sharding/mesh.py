@@ -93,8 +93,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _slice_of(device: Any) -> int:
-    """Return the number of a device's slice; only TPUs have them."""
-    return device.slice_index if device.platform == "tpu" else 0
+    """Return the number of a device's slice; TPUs have them, but for those of a single slice that is not there."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def _as_tuples(value: Any) -> Any:

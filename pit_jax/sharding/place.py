@@ -1,13 +1,19 @@
-"""Putting parameters and batches where a mesh wants them."""
+"""Putting parameters and batches where a mesh wants them, and fetching results from there.
+
+Every process holds the same whole batch, and each device takes its own rows of it: the number of hosts never changes
+what is trained on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -28,11 +34,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Return into how many parts the rows of a batch are cut."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
+
+
 def batch_shardings(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
     """Return the tree of shardings of a batch: rows over `data` and `fsdp`, everything else whole.
 
-    The tables of `Comparisons` (index, weight, length) point into the scores of all rows, so every device has them
-    (and every process must pass the same).
+    The tables of `Comparisons` (index, weight, length) point into the scores of all rows, so every device has them.
 
     Args:
       batch: any tree of arrays; in `Comparisons` only `inputs` is cut.
@@ -48,15 +58,20 @@ def batch_shardings(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
 
 
 def put_batch(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
-    """Return a batch on the mesh's devices, its rows shared out; each process passes its own rows.
+    """Return a batch on the mesh's devices, its rows shared out; each process passes the same whole batch.
+
+    Args:
+      batch: a tree of NumPy arrays, of arrays of this process's devices, or of random keys.
+      mesh: the mesh.
+      row_axis: see `batch_shardings`.
 
     Raises:
-      ConfigError: the rows of all processes cannot be shared out evenly.
+      ConfigError: the rows cannot be shared out evenly.
     """
-    parts = math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
+    parts = row_parts(mesh)
     rows = batch.inputs if isinstance(batch, Comparisons) else batch
     for leaf in jax.tree.leaves(rows):
-        total = leaf.shape[row_axis] * jax.process_count()
+        total = leaf.shape[row_axis]
         if total % parts:
             rule = f"be divisible by data x fsdp = {parts} of the mesh"
             raise invalid("batch size", total, rule, "Change the batch size, the packing, or the mesh.")
@@ -64,6 +79,33 @@ def put_batch(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
 
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if jax.process_count() == 1:
+    if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
-    return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
+    whole = fetch(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def fetch(tree: Any) -> Any:
+    """Return a tree of arrays as NumPy arrays of the whole, on every process; all of them have to take part.
+
+    What lies on devices of several processes is first copied to all of them.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    apart = [index for index, leaf in enumerate(leaves) if _is_apart(leaf)]
+    if apart:
+        copy = _copy_to_all(tuple(replicated(leaves[index].sharding.mesh) for index in apart))
+        for index, leaf in zip(apart, copy(tuple(leaves[index] for index in apart)), strict=True):
+            leaves[index] = leaf
+    return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in jax.device_get(leaves)])
+
+
+def _is_apart(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated)
+
+
+@functools.lru_cache(maxsize=64)
+def _copy_to_all(shardings: tuple[NamedSharding, ...]) -> Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]:
+    """Return the program that gives every device the whole of so many arrays."""
+    return jax.jit(lambda arrays: arrays, out_shardings=shardings)

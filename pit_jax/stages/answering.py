@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 from jax.sharding import Mesh
@@ -11,7 +10,7 @@ from pit_jax.decode.batches import Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ScalarModel
-from pit_jax.sharding.place import ROW_AXES
+from pit_jax.sharding.place import row_parts
 from pit_jax.stages.run import Run
 from pit_jax.text.codec import Codec
 
@@ -54,7 +53,7 @@ def make_scorer(
 
 def sampler(run: Run, kind: Literal["policy", "improver"], sampling: Sampling, batch_size: int) -> Sampler:
     """Return what answers prompts of a kind with the run's network."""
-    return make_sampler(run.lm, run.codec, kind, sampling, _shared_out(run, batch_size), run.mesh)
+    return make_sampler(run.lm, run.codec, kind, sampling, shared_out(run.mesh, batch_size), run.mesh)
 
 
 def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size: int) -> Scorer:
@@ -64,10 +63,10 @@ def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size:
       CheckpointError: the stage is no reward model, or one for other prompts.
     """
     model = run.reward_model(reference, "bt" if kind == "policy" else "gap")
-    return make_scorer(model, run.codec, kind, _shared_out(run, batch_size), run.mesh)
+    return make_scorer(model, run.codec, kind, shared_out(run.mesh, batch_size), run.mesh)
 
 
-def _shared_out(run: Run, rows: int) -> int:
-    """Return the least number, from `rows` up, that the run's devices can share evenly; fillers change no answer."""
-    parts = math.prod(run.mesh.shape[axis] for axis in ROW_AXES)
+def shared_out(mesh: Mesh, rows: int) -> int:
+    """Return the least number, from `rows` up, that a mesh's devices can share evenly; fillers change no answer."""
+    parts = row_parts(mesh)
     return -(-rows // parts) * parts

@@ -18,7 +18,8 @@ from pit_jax.improve.accept import Improve
 from pit_jax.improve.baselines import best_of_n
 from pit_jax.improve.loop import Judge, first_answers, improve
 from pit_jax.io import files
-from pit_jax.stages import answering
+from pit_jax.sharding import processes
+from pit_jax.stages import answering, together
 from pit_jax.stages.run import Run
 
 
@@ -73,7 +74,7 @@ class Answers:
         """Return the answers after 1, 2, ... `config.iterations` improvement steps: NAME, NAME_iter2, ..."""
         names = [name if k == 1 else f"{name}_iter{k}" for k in range(1, config.iterations + 1)]
         temperature = original.temperature
-        if not all(self._path(each, temperature).exists() for each in names):
+        if not self._are_there(names, temperature):
             sampler = answering.sampler(self.run, "improver", Sampling(temperature=temperature), self._batch_size)
             trajectories = improve(
                 config,
@@ -99,9 +100,14 @@ class Answers:
         return np.asarray(judge(rows, answered.responses), np.float64)
 
     def _kept(self, name: str, temperature: float, make: Callable[[], list[Response]]) -> Answered:
-        if not self._path(name, temperature).exists():
+        if not self._are_there([name], temperature):
             self._write(name, temperature, make())
         return self._read(name, temperature)
+
+    def _are_there(self, names: Sequence[str], temperature: float) -> bool:
+        """Return whether all of these sets were made before; what process 0 sees counts, for all must do the same."""
+        paths = [self._path(name, temperature) for name in names]
+        return processes.first(f"responses of {names[0]}", lambda: all(path.exists() for path in paths))
 
     def _path(self, name: str, temperature: float) -> epath.Path:
         return self._directory / f"{name}_T{temperature:g}.jsonl"
@@ -112,8 +118,8 @@ class Answers:
             json.dumps({"prompt": text(prompt), "response": text(r.ids), "ids": list(r.ids), "finished": r.finished})
             for prompt, r in zip(self.prompts, responses, strict=True)
         ]
-        self._directory.mkdir(parents=True, exist_ok=True)
-        files.write_text(self._path(name, temperature), "\n".join(lines) + "\n")
+        path = self._path(name, temperature)
+        together.write(f"responses of {name}", lambda: files.write_text(path, "\n".join(lines) + "\n"), path)
 
     def _read(self, name: str, temperature: float) -> Answered:
         rows = [json.loads(line) for line in self._path(name, temperature).read_text().splitlines()]

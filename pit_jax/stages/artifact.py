@@ -23,10 +23,13 @@ from pit_jax.stages.external import External
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import load_tokenizer
+from pit_jax.train import loop
 
 MANIFEST = "stage.json"
 RESULT = "result.json"
 SNAPSHOTS = "snapshots"
+BEST = "best"
+"""Snapshot of a stage that keeps its best checkpoint (`Loop.keep_best`)."""
 RESPONSES = "responses"
 ORDER = "stages.json"
 RUN = "run.json"
@@ -59,7 +62,9 @@ def _order(run: epath.Path) -> list[str]:
     return files.read_json(run / ORDER) if (run / ORDER).exists() else []
 
 
-HARMLESS = frozenset({"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep"})
+HARMLESS = frozenset(
+    {"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep", "keep_best"}
+)
 """Settings that change what is written or where it is computed, not what is trained: a run goes on without them."""
 
 
@@ -166,12 +171,28 @@ class Artifact:
                 raise CheckpointError(f"{self.directory} has no complete checkpoint. Run the stage first.")
             return checkpoints.restore_params(step, wanted)
         names = self.manifest["snapshots"]
+        if snapshot == BEST and BEST not in names:
+            return Checkpoints(self.directory, keep=None).restore_params(self._best_step(), wanted)
         if snapshot not in names:
             raise CheckpointError(
                 f"{self.directory} keeps no snapshot {snapshot!r}; it has {sorted(names) or 'none'}. "
                 "Name one of them, or add it to the stage's snapshots or rounds."
             )
         return Checkpoints(self.directory / SNAPSHOTS, keep=None).restore_params(names[snapshot], wanted)
+
+    def _best_step(self) -> int:
+        """Return the step of the best evaluation.
+
+        Raises:
+          CheckpointError: the stage is not finished, or has not kept its best checkpoint.
+        """
+        ranking = (loop.finished(self.directory) or {}).get("best")
+        if not ranking:
+            raise CheckpointError(
+                f"{self.directory} keeps no best checkpoint. Set keep_best in its Loop or RlTraining and run it; "
+                "or name another snapshot."
+            )
+        return ranking[0][0]
 
     def _base(self, mesh: Mesh | None, bases: dict[str, Params]) -> Params:
         """Return the frozen parameters that this stage's adapters stand on."""

@@ -15,9 +15,10 @@ from pit_jax.core.errors import invalid
 from pit_jax.evaluation import judges, report
 from pit_jax.evaluation.winrate import Comparison, ResponseSet, compare, interval
 from pit_jax.improve.accept import Improve
+from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
 from pit_jax.stages.artifact import RESPONSES, split_reference
-from pit_jax.stages.reporting import training_records, write_report
+from pit_jax.stages.reporting import write_report
 from pit_jax.stages.run import HeldOut, Run
 
 _LOG = logging.getLogger(__name__)
@@ -108,24 +109,21 @@ class Evaluate:
         rows += self._head_to_head(jury, sets)
         curve = [(steps, self._curve_rows(jury, steps)) for steps in sorted(self.policy_curve)]
         top = self.temperatures[0]
-        write_report(
-            run,
-            self.name,
-            report.Report(
-                title=self.title,
-                seed=run.seed,
-                facts={},
-                notes=self._notes(run, jury, sets),
-                comparisons=rows,
-                policy_curve=curve,
-                original_steps=self.original_steps,
-                quality=self._quality(jury, sets),
-                reward_models={},
-                supervised={},
-                reinforced={},
-                examples=jury.examples(sets["original", top], sets["pit", top]),
-            ),
+        found = report.Report(
+            title=self.title,
+            seed=run.seed,
+            facts={},
+            notes=self._notes(jury, sets),
+            comparisons=rows,
+            policy_curve=curve,
+            original_steps=self.original_steps,
+            quality=self._quality(jury, sets),
+            reward_models={},
+            supervised={},
+            reinforced={},
+            examples=jury.examples(sets["original", top], sets["pit", top]),
         )
+        together.write("report", lambda: write_report(run, self.name, found))
         best = next(row for row in rows if row.candidate == "pit" and row.baseline == "original")
         return dataclasses.asdict(best)
 
@@ -200,7 +198,7 @@ class Evaluate:
             found.setdefault(name, {})[temperature] = (float(np.mean(scores)), low, high)
         return found
 
-    def _notes(self, run: Run, jury: Jury, sets: Mapping[tuple[str, float], Answered]) -> list[str]:
+    def _notes(self, jury: Jury, sets: Mapping[tuple[str, float], Answered]) -> list[str]:
         top = self.temperatures[0]
         width = float(np.mean([len(prompt) for prompt in jury.answers.prompts]))
         first, improved = (
@@ -222,7 +220,7 @@ class Evaluate:
                 f"The judge {jury.names[0]} is this run's own reward model, which best-of-n chooses by and RLHF was "
                 "trained on: it favours them. An independent judge is needed for a claim of quality."
             )
-        return notes + training_records(run).notes()
+        return notes
 
 
 class Jury:

@@ -10,20 +10,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from pit_jax.core.errors import CheckpointError, DataError, PitError
+from pit_jax.core.errors import CheckpointError, ConfigError, DataError, PitError
 from pit_jax.core.types import Params
 from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objects, refuse
 from pit_jax.decode.batches import Response, Sampler
 from pit_jax.decode.sampling import Sampling
 from pit_jax.improve.accept import Improve
 from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
-from pit_jax.io import files
+from pit_jax.io import files, serialize
 from pit_jax.models.heads import ScalarModel
-from pit_jax.stages import answering
-from pit_jax.stages.artifact import MANIFEST, Artifact, finished_stages, split_reference
+from pit_jax.sharding import processes, rules
+from pit_jax.sharding.mesh import MeshConfig, make_mesh
+from pit_jax.stages import answering, together
+from pit_jax.stages.artifact import MANIFEST, RUN, Artifact, finished_stages, split_reference
 from pit_jax.text.chat import Chat, ChatFormat, check_messages
 from pit_jax.text.chat_template import TemplateChat
 from pit_jax.text.codec import Codec
@@ -74,6 +76,7 @@ class Improver:
         self._bases: dict[str, Params] = {}
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
+        self.mesh, self.rules = _layout(self._run)
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
         self.gap, _ = self._named(stage.get("reward")) or self._found("reward", "gap")
         self.policy, self._policy_snapshot = self._named(stage.get("policy")) or self._found("rl", "policy")
@@ -107,7 +110,7 @@ class Improver:
 
     def params(self) -> Params:
         """Return the improver's parameters."""
-        return self.artifact.trunk(self._snapshot, bases=self._bases)
+        return self.artifact.trunk(self._snapshot, self.mesh, self._bases)
 
     def judge(self) -> Judge | None:
         """Return r_gap as a scoring function, None where the run has no gap model."""
@@ -115,14 +118,19 @@ class Improver:
             return None
         model = self.gap.network
         assert isinstance(model, ScalarModel)
-        scorer = answering.make_scorer(model, self.codec, "gap", _BATCH)
-        return functools.partial(scorer.score, self.gap.params(bases=self._bases))
+        scorer = answering.make_scorer(model, self.codec, "gap", self._rows, self.mesh)
+        return functools.partial(scorer.score, self.gap.params(None, self.mesh, self._bases))
+
+    @property
+    def _rows(self) -> int:
+        return answering.shared_out(self.mesh, _BATCH)
 
     def sampler(self, kind: Literal["policy", "improver"], temperature: float) -> Sampler:
         """Return what answers policy or improver prompts."""
         # The two can differ in their adapters: the policy may be the base of the improver's.
         artifact = self.policy if kind == "policy" and self.policy is not None else self.artifact
-        return answering.make_sampler(artifact.lm, self.codec, kind, Sampling(temperature=temperature), _BATCH)
+        sampling = Sampling(temperature=temperature)
+        return answering.make_sampler(artifact.lm, self.codec, kind, sampling, self._rows, self.mesh)
 
     def originals(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[Response]:
         """Return the policy's own answers, for lines without a response.
@@ -134,7 +142,7 @@ class Improver:
             raise DataError(
                 f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
             )
-        params = self.policy.trunk(self._policy_snapshot, bases=self._bases)
+        params = self.policy.trunk(self._policy_snapshot, self.mesh, self._bases)
         sampler = self.sampler("policy", temperature)
         return first_answers(functools.partial(sampler.answer, params), self.codec, prompts, seed)
 
@@ -147,6 +155,7 @@ def improve_file(request: Request) -> None:
 
     Raises:
       CheckpointError: the directory has no improver. DataError: a line is bad, or a response does not fit.
+      ProcessError: the hosts do not have the same drafts.
     """
     config = Improve(iterations=request.iterations, candidates=request.candidates, accept=request.accept)
     improver = Improver(request.checkpoint)
@@ -156,6 +165,24 @@ def improve_file(request: Request) -> None:
         _LOG.warning("%s: %s", report.summary(), "; ".join(report.bad))
     if not drafts:
         raise DataError(f"{request.input} has no line to improve.")
+    together.agree_on_settings({"request": serialize.to_json(request), "drafts": serialize.to_json(drafts)})
+    with rules.use(improver.mesh, improver.rules):
+        trajectories = _improved(request, config, improver, drafts)
+    lines = [
+        json.dumps(_line(improver.codec, draft, trajectory), ensure_ascii=False)
+        for draft, trajectory in zip(drafts, trajectories, strict=True)
+    ]
+    if not processes.is_first():
+        return
+    if request.output is None:
+        sys.stdout.write("\n".join(lines) + "\n")
+    else:
+        files.write_text(request.output, "\n".join(lines) + "\n")
+        changed = sum(trajectory.final != trajectory.first for trajectory in trajectories)
+        _LOG.info("%s: %d of %d responses changed", request.output, changed, len(drafts))
+
+
+def _improved(request: Request, config: Improve, improver: Improver, drafts: Sequence[Draft]) -> list[Trajectory]:
     judge = improver.judge()
     if judge is None and config.needs_gap:
         _LOG.warning(
@@ -166,20 +193,8 @@ def improve_file(request: Request) -> None:
     sampler = improver.sampler("improver", request.temperature)
     prompts = [improver.codec.prompt_ids(draft.text) for draft in drafts]
     answers = _answers(improver, drafts, prompts, request)
-    trajectories = improve(
-        config, functools.partial(sampler.answer, improver.params()), judge, improver.codec, prompts, answers,
-        request.seed,
-    )  # fmt: skip
-    lines = [
-        json.dumps(_line(improver.codec, draft, trajectory), ensure_ascii=False)
-        for draft, trajectory in zip(drafts, trajectories, strict=True)
-    ]
-    if request.output is None:
-        sys.stdout.write("\n".join(lines) + "\n")
-    elif jax.process_index() == 0:
-        files.write_text(request.output, "\n".join(lines) + "\n")
-        changed = sum(trajectory.final != trajectory.first for trajectory in trajectories)
-        _LOG.info("%s: %d of %d responses changed", request.output, changed, len(drafts))
+    answerer = functools.partial(sampler.answer, improver.params())
+    return improve(config, answerer, judge, improver.codec, prompts, answers, request.seed)
 
 
 def _answers(
@@ -239,6 +254,17 @@ def _draft(raw: dict[str, object], chat: Chat) -> Draft:
     if response is not None and not isinstance(response, str):
         raise DataError(f"field 'response' must be a text, not {type(response).__name__}. Write the draft to improve.")
     return Draft(given=prompt, text=text, response=response)
+
+
+def _layout(run: epath.Path) -> tuple[Mesh, rules.Rules]:
+    """Return the run's own mesh and rules where it fits the devices there are, else all devices, each with its rows."""
+    recorded = files.read_json(run / RUN)["experiment"]["mesh"] if (run / RUN).exists() else None
+    config = MeshConfig() if recorded is None else serialize.from_json(recorded)
+    assert isinstance(config, MeshConfig)
+    try:
+        return make_mesh(config), config.rules
+    except ConfigError:
+        return make_mesh(MeshConfig()), MeshConfig().rules
 
 
 def _improver(directory: epath.Path) -> Artifact:

@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any, ClassVar
 
 from pit_jax.core.errors import DataError, invalid
-from pit_jax.data.collate import all_batches, collator_for
+from pit_jax.data.collate import all_batches
 from pit_jax.data.open import DataSpec, open_examples, open_source
+from pit_jax.stages import together
 from pit_jax.stages.run import Run
 from pit_jax.stages.sft import likelihood
-from pit_jax.stages.supervised import Trainer, Training, initial_params, mean_over, train, with_loss
+from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.train.loop import finished
@@ -52,15 +53,23 @@ class LanguageModel:
         lengths = Lengths(inputs=1, targets=self.length)
         return Codec(tokenizer=run.tokenizer, templates=Templates(policy="{prompt}", bos=False), lengths=lengths)
 
+    def learning(self, run: Run) -> Learning:
+        """Return what is trained, and on batches of which form."""
+        objective = likelihood(run.whole, self.z_loss)
+        collator, held_out = collators("lm", self.codec(run), self.training)
+        return Learning(
+            network=run.whole,
+            objective=objective,
+            measure=objective,
+            training=self.training,
+            collator=collator,
+            held_out=held_out,
+        )
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
         directory = run.begin(self, run.whole, snapshots={})
-        codec = self.codec(run)
-        size, packing = self.training.batch_size, self.training.packing
-        collator = collator_for(
-            "lm", codec, batch_size=size, micro_batches=self.training.micro_batches, packing=packing
-        )
-        held_out = collator_for("lm", codec, batch_size=size, micro_batches=None, packing=None)
+        codec, learning = self.codec(run), self.learning(run)
         limit = self.training.evaluation_records
         examples = open_examples(self.data, view="lm", split="validation", codec=codec, limit=limit)
         if not examples:
@@ -68,17 +77,15 @@ class LanguageModel:
                 f"The stage {self.name!r} holds out no document. Raise Folds.validation_fraction of its data, or give "
                 "DataSpec.validation_path."
             )
-        objective = likelihood(run.whole, self.z_loss)
-        parts = list(all_batches(examples, held_out))
+        parts = list(all_batches(examples, learning.held_out))
         trainer = Trainer(
             run=run,
             name=self.name,
-            network=run.whole,
-            objective=objective,
-            training=self.training,
-            collator=collator,
-            source=open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)),
-            evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
+            learning=learning,
+            source=together.same_everywhere(
+                open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)), self.name
+            ),
+            evaluate=mean_over(parts, learning.measured, run.mesh),
         )
         train(trainer, initial_params(run, self))
         return finished(directory) or {}

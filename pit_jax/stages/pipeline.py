@@ -8,14 +8,19 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-import jax
 from etils import epath
 
 from pit_jax.core.errors import ConfigError, invalid, nearest
+from pit_jax.io import serialize
 from pit_jax.io.progress import duration
-from pit_jax.stages.artifact import MANIFEST, split_reference
+from pit_jax.sharding import processes, rules
+from pit_jax.stages import together
+from pit_jax.stages.artifact import BEST, MANIFEST, split_reference
+from pit_jax.stages.lm import LanguageModel
+from pit_jax.stages.reward import Reward
 from pit_jax.stages.rl import Rl
 from pit_jax.stages.run import Experiment, Run
+from pit_jax.stages.sft import Sft
 
 _LOG = logging.getLogger(__name__)
 _TAKEN = ("report", "tokenizer")
@@ -77,11 +82,13 @@ class Recipe:
         Raises:
           ConfigError: a name is not that of a stage, or a stage needs one that is not made before it.
           CheckpointError: the run directory belongs to another seed or configuration.
+          ProcessError: the hosts do not have the same recipe, versions, data or directory.
         """
         known = {stage.name: stage for stage in self.stages}
         for name in names or ():
             if name not in known:
                 raise ConfigError(f"There is no stage {name!r} in the recipe.{nearest(name, known)}")
+        together.agree_on_settings({"stages to run": list(names or ()), "recipe": serialize.to_json(self)})
         self.check_references()
         run = Run.claim(self.model_dir, self.seed, self.experiment)
         for stage in self.stages:
@@ -123,22 +130,40 @@ class Recipe:
                 f"The stage {name!r} needs {place!r}, but no stage before it has that name.{path}{nearest(place, made)}"
             )
         kept = source.kept() if isinstance(source, Rl) else {}
-        if snapshot is not None and snapshot not in kept:
+        if snapshot is not None and snapshot not in kept and not (snapshot == BEST and _keeps_best(source)):
             raise ConfigError(
                 f"The stage {name!r} needs '{place}:{snapshot}', but {place!r} keeps {sorted(kept) or 'no snapshots'}. "
-                "Name one of them, or add it to Rl.snapshots."
+                "Name one of them, add it to Rl.snapshots, or set keep_best for ':best'."
             )
+
+
+def _keeps_best(stage: Stage) -> bool:
+    """Return whether a stage keeps the checkpoint of its best evaluation."""
+    if isinstance(stage, Rl):
+        return stage.training.keep_best is not None
+    return isinstance(stage, LanguageModel | Sft | Reward) and stage.training.loop.keep_best is not None
 
 
 def run_stage(run: Run, stage: Stage) -> None:
     """Run one stage unless it is finished with this very configuration."""
-    before = run.result(stage.name)
-    if before is not None:
-        run.check_same(stage)
+    if processes.first(f"state of {stage.name}", lambda: _is_finished(run, stage)):
         _LOG.info("%s: finished before, skipped", stage.name)
         return
     begin = time.monotonic()
-    with jax.set_mesh(run.mesh):  # what activations are cut by, see `sharding.rules.constrain`
+    processes.barrier(f"begin of {stage.name}")
+    with rules.use(run.mesh, run.rules):  # what activations are cut by, see `sharding.rules.constrain`
         result = stage.run(run)
     run.finish(stage.name, result)
     _LOG.info("%s: done in %s", stage.name, duration(time.monotonic() - begin))
+
+
+def _is_finished(run: Run, stage: Stage) -> bool:
+    """Return whether a stage has run to its end.
+
+    Raises:
+      CheckpointError: it has, with another configuration.
+    """
+    if run.result(stage.name) is None:
+        return False
+    run.check_same(stage)
+    return True

@@ -26,6 +26,7 @@ from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.models.heads import ScalarModel, ValueModel
 from pit_jax.models.seq2seq import Seq2Seq
 from pit_jax.models.trained import Network, has_head, language_model_of
+from pit_jax.sharding.place import fetch
 from pit_jax.stages.artifact import Artifact, find_stage
 from pit_jax.text.codec import PromptRow, rows_to_prompts
 from pit_jax.text.tokenizer import Tokenizer, find_tokenizer
@@ -177,7 +178,7 @@ class Pretrained:
             eos_ids=self.eos_ids or (lm.config.vocab_size,),
             pad_id=0,
         )
-        tokens, lengths = np.asarray(samples.tokens), np.asarray(samples.mask).sum(-1)
+        tokens, lengths = fetch(samples.tokens), fetch(samples.mask).sum(-1)
         return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 

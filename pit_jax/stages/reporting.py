@@ -90,6 +90,7 @@ def write_report(run: Run, stage: str, comparisons: report.Report) -> None:
     full = dataclasses.replace(
         comparisons,
         facts=facts,
+        notes=[*comparisons.notes, *records.notes()],
         reward_models=records.reward_models(),
         supervised=records.of("lm", "sft", "reward"),
         reinforced=records.of("rl"),

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Array, Bool, Float
 
 from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Comparisons, Params
-from pit_jax.data.collate import all_batches, collator_for
+from pit_jax.data.collate import TrainingView, all_batches
 from pit_jax.data.views import Example
 from pit_jax.evaluation import judges, rewards
 from pit_jax.losses import preference
 from pit_jax.models.heads import ScalarModel
-from pit_jax.sharding.place import put_batch, replicated
+from pit_jax.sharding.place import put_batch
 from pit_jax.stages.run import Run
-from pit_jax.stages.supervised import Trainer, Training, mean_over, train, with_loss
+from pit_jax.stages.supervised import Learning, Trainer, Training, collators, everywhere, mean_over, train
 from pit_jax.train.step import Objective
 
 ROLES = ("bt", "gap")
@@ -60,36 +60,48 @@ class Reward:
         """Return what it starts from."""
         return [self.init_from]
 
+    @property
+    def view(self) -> TrainingView:
+        """The view of the records that is trained on."""
+        return "reward_bt" if self.role == "bt" else "reward_gap"
+
+    def model(self, run: Run) -> ScalarModel:
+        """Return the network that is trained."""
+        return ScalarModel(run.lm_of(self), self.readout, self.attention)
+
+    def learning(self, run: Run) -> Learning:
+        """Return what is trained, and on batches of which form."""
+        model, training = self.model(run), self.training
+        segments = 1 if training.packing is None else training.packing.segments
+        collator, held_out = collators(self.view, run.codec, training)
+        return Learning(
+            network=model,
+            objective=comparison_objective(model, self.role, self.terms, segments),
+            measure=comparison_objective(model, self.role, self.terms, 1),
+            training=training,
+            collator=collator,
+            held_out=held_out,
+        )
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the held-out report."""
-        model = ScalarModel(run.lm_of(self), self.readout, self.attention)
+        model, training = self.model(run), self.training
         run.begin(self, model, snapshots={})
-        view = "reward_bt" if self.role == "bt" else "reward_gap"
-        training = self.training
-        collator = collator_for(
-            view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches,
-            packing=training.packing,
-        )  # fmt: skip
-        held_out = collator_for(view, run.codec, batch_size=training.batch_size, micro_batches=None, packing=None)
-        examples = run.examples(view, "validation", limit=max(training.evaluation_records, self.report_records))
-        parts = list(all_batches(examples[: training.evaluation_records], held_out))
-        segments = 1 if training.packing is None else training.packing.segments
-        objective, measure = (comparison_objective(model, self.role, self.terms, count) for count in (segments, 1))
+        learning = self.learning(run)
+        examples = run.examples(self.view, "validation", limit=max(training.evaluation_records, self.report_records))
+        parts = list(all_batches(examples[: training.evaluation_records], learning.held_out))
         params = train(
             Trainer(
                 run=run,
                 name=self.name,
-                network=model,
-                objective=objective,
-                training=training,
-                collator=collator,
-                source=run.source(view, "train", stream=self.name),
-                evaluate=mean_over(parts, lambda params, part: with_loss(measure(params, part, None)), run.mesh),
+                learning=learning,
+                source=run.source(self.view, "train", stream=self.name),
+                evaluate=mean_over(parts, learning.measured, run.mesh),
             ),
             self._initial(run, model),
         )
         examples = examples[: self.report_records]
-        scores, lengths = _scores(run, model, params, list(all_batches(examples, held_out)), len(examples))
+        scores, lengths = _scores(run, model, params, list(all_batches(examples, learning.held_out)), len(examples))
         clean = _clean(run, examples)
         if self.role == "bt":
             return rewards.bradley_terry(scores[0], scores[1], lengths, clean)
@@ -117,14 +129,20 @@ def comparison_objective(model: ScalarModel, role: str, terms: Sequence[str], se
     return objective
 
 
+def pass_scores(model: ScalarModel) -> Callable[[Params, Comparisons], Float[Array, "P n"]]:
+    """Return the function of parameters and a batch of one example a row: the score of every pass."""
+
+    def scores(params: Params, batch: Comparisons) -> Float[Array, "P n"]:
+        return jnp.take(model.scores(params, batch.inputs, 1).reshape(-1), batch.index)
+
+    return scores
+
+
 def _scores(
     run: Run, model: ScalarModel, params: Params, parts: Sequence[Comparisons], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the scores and the response lengths of every pass, [P, count] each."""
-    compiled = jax.jit(
-        lambda params, batch: jnp.take(model.scores(params, batch.inputs, 1).reshape(-1), batch.index),
-        out_shardings=replicated(run.mesh),
-    )
+    compiled = everywhere(pass_scores(model), run.mesh)
     scores = [np.asarray(compiled(params, put_batch(part, run.mesh, row_axis=0))) for part in parts]
     lengths = [np.asarray(part.length, np.float64) for part in parts]
     return np.concatenate(scores, axis=1)[:, :count], np.concatenate(lengths, axis=1)[:, :count]

@@ -13,7 +13,7 @@ from pit_jax.core.errors import invalid
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Params
 from pit_jax.data.views import Example
-from pit_jax.decode.batches import Response, as_reference, row_keys
+from pit_jax.decode.batches import Response, Sampler, Scorer, as_reference, row_keys
 from pit_jax.decode.sampling import Sampling
 from pit_jax.evaluation import judges
 from pit_jax.io.checkpoint import Checkpoints
@@ -28,9 +28,11 @@ from pit_jax.stages.artifact import SNAPSHOTS
 from pit_jax.stages.rl_program import Frozen, HeldOut, Parts, RlProgram
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import initial_state, run_files
+from pit_jax.train.best import KeepBest
 from pit_jax.train.loop import Loop, finished, fit
 from pit_jax.train.optim import Optimizer, learning_rate
-from pit_jax.train.step import make_step
+from pit_jax.train.state import TrainState
+from pit_jax.train.step import Step, make_step
 
 ROLES = ("policy", "improver")
 _LOG = logging.getLogger(__name__)
@@ -57,12 +59,13 @@ class RlTraining:
     eval_every: int = 0
     checkpoint_every: int = 0
     keep: int | None = 2
+    keep_best: KeepBest | None = None
 
     def loop(self, steps: int) -> Loop:
         """Return the loop of so many steps."""
         return Loop(
             steps=steps, log_every=self.log_every, eval_every=self.eval_every,
-            checkpoint_every=self.checkpoint_every, keep=self.keep,
+            checkpoint_every=self.checkpoint_every, keep=self.keep, keep_best=self.keep_best,
         )  # fmt: skip
 
 
@@ -132,52 +135,87 @@ class Rl:
         """Return every checkpoint that is read."""
         return [self.init_from, self.anchor, self.reward, *([] if self.policy is None else [self.policy])]
 
+    def network(self, run: Run) -> Network:
+        """Return what is trained: the language model, for PPO with a value head."""
+        lm = run.lm_of(self)
+        return ValueModel(lm) if self.rl.estimator == "ppo" else lm
+
+    @property
+    def updates(self) -> int:
+        """Number of optimiser updates of all rounds."""
+        return self.curriculum.steps * self.rl.updates
+
+    def step(self, run: Run, shardings: TrainState) -> Step:
+        """Return the update of the stage."""
+        loss = objective(run.lm_of(self), self.rl)
+        return make_step(loss, self.training.optimizer, steps=self.updates, shardings=shardings)
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
-        lm = run.lm_of(self)
-        network: Network = ValueModel(lm) if self.rl.estimator == "ppo" else lm
+        network = self.network(run)
         directory = run.begin(self, network, snapshots=self.kept())
-        base, trained = divide(network, self._initial(run, network))
+        start = run.language_model(self.init_from, self.role)
+        frozen, trained = self.frozen(run, start)
+        state, shardings = initial_state(run, network, trained, self.training.optimizer, self.updates)
+        del start, trained  # the state has a copy: a further set of parameters must not lie about while training
+        kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
+        parts = self._parts(run, self.step(run, shardings), kept, held_out_judge(run, self, frozen))
+        program = RlProgram(parts, frozen, _LOG.warning)
+        state = fit(program, state, self.training.loop(self.curriculum.steps), run_files(run, self.name))
+        program.keep_snapshot(state, self.curriculum.steps)
+        return finished(directory) or {}
+
+    def frozen(self, run: Run, start: Params) -> tuple[Frozen, Params]:
+        """Return what is read and never changed, and the trained part of what the stage starts from.
+
+        Args:
+          run: the run.
+          start: the language model of `init_from`; where that is the anchor too, both are the same arrays.
+        """
+        network = self.network(run)
+        whole = start
+        if isinstance(network, ValueModel):
+            whole = network.with_trunk(start, key_for(run.seed, f"{self.name}/head"))
+        base, trained = divide(network, whole)
+        same = self.anchor == self.init_from
         frozen = Frozen(
             base=base,
-            anchor=run.language_model(self.anchor, self.role),
+            anchor=start if same else run.language_model(self.anchor, self.role),
             reward=run.params(self.reward),
             policy=None if self.policy is None else run.language_model(self.policy, "policy"),
         )
-        steps, optimizer = self.curriculum.steps, self.training.optimizer
-        updates = steps * self.rl.updates
-        state, shardings = initial_state(run, network, trained, optimizer, updates)
-        step = make_step(objective(lm, self.rl), optimizer, steps=updates, shardings=shardings)
-        kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
-        held_out = held_out_judge(run, self, frozen)
-        program = RlProgram(self._parts(run, step, kept, held_out), frozen, _LOG.warning)
-        state = fit(program, state, self.training.loop(steps), run_files(run, self.name))
-        program.keep_snapshot(state, steps)
-        return finished(directory) or {}
+        return frozen, trained
 
-    def _initial(self, run: Run, network: Network) -> Params:
-        trunk = run.language_model(self.init_from, self.role)
-        if isinstance(network, ValueModel):
-            return network.with_trunk(trunk, key_for(run.seed, f"{self.name}/head"))
-        return trunk
+    def answerers(self, run: Run, *, rows: int, references: int) -> Answerers:
+        """Return what answers and scores in batches of `rows`, and writes references in batches of `references`."""
+        improver = self.role == "improver"
+        return Answerers(
+            sampler=answering.sampler(run, "improver" if improver else "policy", Sampling(), rows),
+            policy_sampler=answering.sampler(run, "policy", self.policy_sampling, references),
+            scorer=answering.scorer(run, self.reward, "gap" if improver else "policy", rows),
+        )
 
-    def _parts(self, run: Run, step: Any, kept: Checkpoints, held_out: HeldOut) -> Parts:
-        training, improver = self.training, self.role == "improver"
-        rollout_batch = min(training.rollout_batch, training.contexts * self.rl.samples_per_prompt)
-        kind = "improver" if improver else "policy"
+    @property
+    def rollout_rows(self) -> int:
+        """Rows of the sampling program: a step that has fewer samples than `rollout_batch` does not fill it up."""
+        return min(self.training.rollout_batch, self.training.contexts * self.rl.samples_per_prompt)
+
+    def _parts(self, run: Run, step: Step, kept: Checkpoints, held_out: HeldOut) -> Parts:
+        training = self.training
+        answerers = self.answerers(run, rows=self.rollout_rows, references=training.contexts)
         return Parts(
             lm=run.lm,
             codec=run.codec,
             seed=run.seed_for(self.name),
             mesh=run.mesh,
-            improver=improver,
+            improver=self.role == "improver",
             config=self.rl,
             curriculum=self.curriculum,
             contexts=training.contexts,
             micro_batches=training.micro_batches,
-            sampler=answering.sampler(run, kind, Sampling(), rollout_batch),
-            policy_sampler=answering.sampler(run, "policy", self.policy_sampling, training.contexts),
-            scorer=answering.scorer(run, self.reward, "gap" if improver else "policy", rollout_batch),
+            sampler=answerers.sampler,
+            policy_sampler=answerers.policy_sampler,
+            scorer=answerers.scorer,
             source=run.source("rl", "train", stream=self.name),
             step=step,
             monitor=self.monitor,
@@ -188,6 +226,15 @@ class Rl:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answerers:
+    """What answers prompts, writes references of kind "policy", and scores answers; parameters are arguments."""
+
+    sampler: Sampler
+    policy_sampler: Sampler
+    scorer: Scorer
+
+
 def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     """Return a function that answers fixed held-out prompts and reports reward, length, EOS rate and the judge.
 
@@ -195,10 +242,9 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     """
     improver = stage.role == "improver"
     examples = run.examples("evaluate", "validation", limit=stage.training.evaluation_prompts)
-    kind, batch = ("improver" if improver else "policy"), stage.training.rollout_batch
-    sampler = answering.sampler(run, kind, Sampling(), batch)
-    scorer = answering.scorer(run, stage.reward, "gap" if improver else "policy", batch)
-    met = _held_out_contexts(run, stage, frozen, examples)
+    batch = stage.training.rollout_batch
+    answerers = stage.answerers(run, rows=batch, references=batch)
+    met = _held_out_contexts(run, stage, answerers.policy_sampler, frozen, examples)
     keys = row_keys(key_for(run.seed, f"{stage.name}/held out"), np.arange(len(met)))
     codec = run.codec
     rows = [codec.improver_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
@@ -206,9 +252,9 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     quality = None if run.experiment.judge is None else judges.import_function(run.experiment.judge)
 
     def look(params: Params) -> dict[str, float]:
-        answers = sampler.answer(params, rows, keys)
+        answers = answerers.sampler.answer(params, rows, keys)
         result = {
-            "reward": float(np.mean(scorer.score(frozen.reward, scored, answers))),
+            "reward": float(np.mean(answerers.scorer.score(frozen.reward, scored, answers))),
             "length": float(np.mean([len(answer.ids) + answer.finished for answer in answers])),
             "eos_rate": float(np.mean([answer.finished for answer in answers])),
         }
@@ -219,12 +265,13 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     return look
 
 
-def _held_out_contexts(run: Run, stage: Rl, frozen: Frozen, examples: Sequence[Example]) -> list[Context]:
+def _held_out_contexts(
+    run: Run, stage: Rl, sampler: Sampler, frozen: Frozen, examples: Sequence[Example]
+) -> list[Context]:
     codec = run.codec
     if frozen.policy is None or stage.role == "policy":
         kind = "chosen" if stage.role == "policy" else "rejected"
         return contexts(codec, Round(name="held out", steps=1, references=(kind,)), examples, {})
-    sampler = answering.sampler(run, "policy", stage.policy_sampling, stage.training.rollout_batch)
     keys = row_keys(key_for(run.seed, f"{stage.name}/held out references"), np.arange(len(examples)))
     answers = sampler.answer(frozen.policy, [codec.policy_prompt(e["prompt"].tolist()) for e in examples], keys)
     sampled = {"policy": [as_reference(codec, answer) for answer in answers]}

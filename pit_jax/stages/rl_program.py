@@ -193,17 +193,20 @@ class RlProgram:
         answered = [context for context in met for _ in range(parts.config.samples_per_prompt)]
         earned, reference = self._rewards(met, answered, rolled.responses)
         repeat = parts.config.samples_per_prompt
+        on_host = {
+            "logp_sampler": rolled.samples.logp,
+            "reward": earned,
+            "reference_reward": np.repeat(reference, repeat),
+            "reference_length": np.array([len(context.reference) + 1.0 for context in answered], np.float32),
+            "finished": rolled.samples.finished,
+        }
         return Measured(
             inputs=inputs,
-            logp_sampler=jnp.asarray(rolled.samples.logp),
             logp_old=scores.logp,
             logp_anchor=anchor.logp,
             values=values,
             entropy=scores.entropy,
-            reward=jnp.asarray(earned),
-            reference_reward=jnp.asarray(np.repeat(reference, repeat)),
-            reference_length=jnp.asarray([len(context.reference) + 1.0 for context in answered], jnp.float32),
-            finished=jnp.asarray(rolled.samples.finished),
+            **put_batch(on_host, parts.mesh, row_axis=0),
         )
 
     def _rewards(

@@ -42,6 +42,8 @@ from pit_jax.models.presets.catalog import language_model
 from pit_jax.models.trained import Network, abstract_params, has_head
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.sharding.place import init_sharded
+from pit_jax.sharding.rules import Rules
+from pit_jax.stages import together
 from pit_jax.stages.artifact import (
     MANIFEST,
     RESULT,
@@ -59,9 +61,10 @@ from pit_jax.stages.artifact import (
     split_reference,
 )
 from pit_jax.stages.external import External, manifest_of
+from pit_jax.stages.tokenizers import make_tokenizer, save_tokenizer
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
-from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer, train_sentencepiece
+from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer
 
 TOKENIZER = "tokenizer"
 
@@ -166,14 +169,11 @@ class Run:
           CheckpointError: the directory holds a run of another seed or experiment; the first differing
             setting is named. Nothing is changed then.
           ConfigError: the tokenizer does not fit the model, or the lengths leave no room.
+          ProcessError: `model_dir` is not shared by all hosts.
         """
         run = cls(model_dir, seed, experiment)
-        path, wanted = run.directory / RUN, {"seed": seed, "experiment": serialize.to_json(experiment)}
-        if path.exists() and changes(files.read_json(path), serialize.to_json(wanted)) and run.is_empty():
-            path.unlink()
-            if (run.directory / TOKENIZER).exists():
-                (run.directory / TOKENIZER).rmtree()
-        claim(path, wanted, what="run")
+        together.check_shared(run.directory)
+        together.write("claim of MODEL_DIR", run._claim, run.directory / RUN)
         if run.tokenizer.vocab_size > experiment.model.vocab_size:
             raise invalid(
                 "vocab_size", experiment.model.vocab_size,
@@ -183,6 +183,14 @@ class Run:
         _ = run.codec, run.mesh  # checked before anything is made
         return run
 
+    def _claim(self) -> None:
+        path, wanted = self.directory / RUN, {"seed": self.seed, "experiment": serialize.to_json(self.experiment)}
+        if path.exists() and changes(files.read_json(path), serialize.to_json(wanted)) and self.is_empty():
+            path.unlink()
+            if (self.directory / TOKENIZER).exists():
+                (self.directory / TOKENIZER).rmtree()
+        claim(path, wanted, what="run")
+
     def is_empty(self) -> bool:
         """Return whether no stage has made anything."""
         return all(nothing_made(path.parent) for path in self.directory.glob(f"*/{MANIFEST}"))
@@ -191,14 +199,8 @@ class Run:
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, trained or copied into the run directory on first use."""
         directory = self.directory / TOKENIZER
-        if not directory.exists():
-            chosen = self.experiment.tokenizer
-            if isinstance(chosen, str):
-                _save(load_tokenizer(chosen), directory)
-            else:
-                partial = _partial(directory)
-                train_sentencepiece(self._texts(), chosen, partial)
-                partial.rename(directory)
+        chosen = self.experiment.tokenizer
+        together.write("tokenizer", lambda: make_tokenizer(chosen, self._texts(), directory), directory)
         return load_tokenizer(str(directory))
 
     def _texts(self) -> Iterator[str]:
@@ -216,8 +218,14 @@ class Run:
         return (self.seed * 1_000_003 + stream_id(stream)) % (1 << 31)
 
     def source(self, view: str, split: Split, *, stream: str) -> Source:
-        """Return a seeded endless source of one view's examples; `stream` tells stages apart."""
-        return open_source(self.experiment.data, view=view, split=split, codec=self.codec, seed=self.seed_for(stream))
+        """Return a seeded endless source of one view's examples; `stream` tells stages apart.
+
+        Raises:
+          ProcessError: another host has other examples.
+        """
+        seed = self.seed_for(stream)
+        source = open_source(self.experiment.data, view=view, split=split, codec=self.codec, seed=seed)
+        return together.same_everywhere(source, stream)
 
     def examples(self, view: str, split: Split, *, limit: int) -> list[Example]:
         """Return the first `limit` examples of a view, in the data's own order.
@@ -258,8 +266,13 @@ class Run:
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The run's device mesh."""
+        """The run's device mesh, over the devices of all hosts."""
         return make_mesh(self.experiment.mesh)
+
+    @property
+    def rules(self) -> Rules:
+        """By which arrays are cut over the mesh."""
+        return self.experiment.mesh.rules
 
     def begin(self, stage: Any, network: Network, *, snapshots: Mapping[str, int]) -> epath.Path:
         """Claim a stage's directory and make it usable on its own; return it.
@@ -272,6 +285,12 @@ class Run:
         Raises:
           CheckpointError: the directory belongs to another configuration, or to other inputs.
         """
+        directory, _ = self.stage_directory(stage.name), self.codec  # all processes make the codec together
+        claimed = functools.partial(self._begin, stage, network, snapshots)
+        together.write(f"begin of {stage.name}", claimed, directory / MANIFEST, directory / TOKENIZER)
+        return directory
+
+    def _begin(self, stage: Any, network: Network, snapshots: Mapping[str, int]) -> None:
         directory = self.stage_directory(stage.name)
         if (directory / MANIFEST).exists() and nothing_made(directory):
             directory.rmtree()
@@ -294,9 +313,8 @@ class Run:
         }
         claim(directory / MANIFEST, manifest, what=f"stage {stage.name!r}")
         if not (directory / TOKENIZER).exists():
-            _save(self.tokenizer, directory / TOKENIZER)
+            save_tokenizer(self.tokenizer, directory / TOKENIZER)
         files.write_text(directory / "model-info.txt", "".join(f"{line}\n" for line in self._model_info(network)))
-        return directory
 
     def _base_of(self, stage: Any) -> str | None:
         """Return what a stage's adapters stand on: a stage of this run by its name, so that a run can be moved."""
@@ -462,20 +480,14 @@ class Run:
 
     def finish(self, stage: str, result: Mapping[str, Any]) -> None:
         """Write a stage's result, which also marks it as finished."""
-        note_finished(self.directory, stage)
-        files.write_json(self.stage_directory(stage) / RESULT, dict(result))
+        path = self.stage_directory(stage) / RESULT
+
+        def write() -> None:
+            note_finished(self.directory, stage)
+            files.write_json(path, dict(result))
+
+        together.write(f"end of {stage}", write, path)
 
     def shapes(self, network: Network) -> Params:
         """Return abstract parameters with their places on the run's mesh."""
         return abstract_params(network, self.mesh)
-
-
-def _partial(directory: epath.Path) -> epath.Path:
-    return directory.parent / f"{directory.name}.partial"
-
-
-def _save(tokenizer: Tokenizer, directory: epath.Path) -> None:
-    """Save a tokenizer so that its directory, if it exists, is complete."""
-    partial = _partial(directory)
-    tokenizer.save(partial)
-    partial.rename(directory)

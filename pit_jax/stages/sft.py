@@ -10,11 +10,11 @@ import jax
 from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.types import Conditional, Params
-from pit_jax.data.collate import all_batches, collator_for
+from pit_jax.data.collate import TrainingView, all_batches
 from pit_jax.losses.cross_entropy import cross_entropy
 from pit_jax.models.api import ConditionalLM
 from pit_jax.stages.run import Run
-from pit_jax.stages.supervised import Trainer, Training, initial_params, mean_over, train, with_loss
+from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
 from pit_jax.train.loop import finished
 from pit_jax.train.step import Objective
 
@@ -45,27 +45,37 @@ class Sft:
         """Return what it starts from."""
         return [] if self.init_from is None else [self.init_from]
 
+    @property
+    def view(self) -> TrainingView:
+        """The view of the records that is trained on."""
+        return "sft_policy" if self.role == "policy" else "sft_improver"
+
+    def learning(self, run: Run) -> Learning:
+        """Return what is trained, and on batches of which form."""
+        lm = run.lm_of(self)
+        objective = likelihood(lm, self.z_loss)
+        collator, held_out = collators(self.view, run.codec, self.training)
+        return Learning(
+            network=lm,
+            objective=objective,
+            measure=objective,
+            training=self.training,
+            collator=collator,
+            held_out=held_out,
+        )
+
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics."""
-        lm, training = run.lm_of(self), self.training
-        view = "sft_policy" if self.role == "policy" else "sft_improver"
-        directory = run.begin(self, lm, snapshots={})
-        collator = collator_for(
-            view, run.codec, batch_size=training.batch_size, micro_batches=training.micro_batches,
-            packing=training.packing,
-        )  # fmt: skip
-        held_out = collator_for(view, run.codec, batch_size=training.batch_size, micro_batches=None, packing=None)
-        parts = list(all_batches(run.examples(view, "validation", limit=training.evaluation_records), held_out))
-        objective = likelihood(lm, self.z_loss)
+        learning = self.learning(run)
+        directory = run.begin(self, learning.network, snapshots={})
+        examples = run.examples(self.view, "validation", limit=self.training.evaluation_records)
+        parts = list(all_batches(examples, learning.held_out))
         trainer = Trainer(
             run=run,
             name=self.name,
-            network=lm,
-            objective=objective,
-            training=training,
-            collator=collator,
-            source=run.source(view, "train", stream=self.name),
-            evaluate=mean_over(parts, lambda params, part: with_loss(objective(params, part, None)), run.mesh),
+            learning=learning,
+            source=run.source(self.view, "train", stream=self.name),
+            evaluate=mean_over(parts, learning.measured, run.mesh),
         )
         train(trainer, initial_params(run, self))
         return finished(directory) or {}

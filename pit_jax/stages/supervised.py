@@ -14,12 +14,13 @@ from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Comparisons, Params
-from pit_jax.data.collate import Collator, take_batch
+from pit_jax.data.collate import Collator, TrainingView, collator_for, take_batch
 from pit_jax.data.pack import Packing
 from pit_jax.data.source import Source
 from pit_jax.models.trained import Network, divide, whole
 from pit_jax.sharding.place import init_sharded, put_batch, replicated
 from pit_jax.stages.run import Run
+from pit_jax.text.codec import Codec
 from pit_jax.train import state as train_state
 from pit_jax.train.loop import TOKENS, Loop, RunFiles, fit
 from pit_jax.train.optim import Optimizer, build, learning_rate
@@ -105,30 +106,52 @@ def count_tokens(batch: Any) -> int:
     return int((inputs.prompt_segments > 0).sum() + (inputs.response_segments > 0).sum())
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Learning:
+    """What a supervised stage compiles: a network, its loss, and the form of the batches.
+
+    objective, collator: of training. measure, held_out: of held-out records, one example a row.
+    """
+
+    network: Network
+    objective: Objective
+    measure: Objective
+    training: Training
+    collator: Collator[Any]
+    held_out: Collator[Any]
+
+    def measured(self, params: Params, batch: Any) -> Metrics:
+        """Return the metrics of a held-out batch, its loss among them; without dropout."""
+        loss, metrics = self.measure(params, batch, None)  # type: ignore[arg-type]
+        return metrics | {"loss": loss}
+
+    def step(self, shardings: TrainState) -> Step:
+        """Return the update of the stage."""
+        training = self.training
+        return make_step(self.objective, training.optimizer, steps=training.loop.steps, shardings=shardings)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trainer:
     """The pieces of one supervised stage, put together by `train`."""
 
     run: Run
     name: str
-    network: Network
-    objective: Objective
-    training: Training
-    collator: Collator[Any]
+    learning: Learning
     source: Source
     evaluate: Callable[[Params], dict[str, float]]
 
 
 def train(trainer: Trainer, params: Params) -> Params:
     """Train `params` as the trainer says, and return them trained; resume if there is something to resume."""
-    run, training = trainer.run, trainer.training
-    frozen, trained = divide(trainer.network, params)
-    state, shardings = initial_state(run, trainer.network, trained, training.optimizer, training.loop.steps)
-    step = make_step(trainer.objective, training.optimizer, steps=training.loop.steps, shardings=shardings)
+    run, learning, training = trainer.run, trainer.learning, trainer.learning.training
+    frozen, trained = divide(learning.network, params)
+    state, shardings = initial_state(run, learning.network, trained, training.optimizer, training.loop.steps)
+    del params, trained  # the state has a copy: a second set of parameters must not lie about while training
     program = SupervisedProgram(
         source=trainer.source,
-        collator=trainer.collator,
-        step=step,
+        collator=learning.collator,
+        step=learning.step(shardings),
         evaluate=trainer.evaluate,
         key_stream=(run.seed, f"{trainer.name}/dropout"),
         mesh=run.mesh,
@@ -161,11 +184,17 @@ def initial_state(
       optimizer: how it is trained.
       steps: number of updates.
     """
+    shardings = state_shardings(run, network, optimizer, steps)
+    placed = jax.device_put(trained, shardings.params)
+    return train_state.create(placed, build(optimizer, steps), shardings), shardings
+
+
+def state_shardings(run: Run, network: Network, optimizer: Optimizer, steps: int) -> TrainState:
+    """Return where every array of a stage's state lives; arguments as of `initial_state`."""
     _, shapes = divide(network, run.shapes(network))
     places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
     transform = build(optimizer, steps)
-    shardings = train_state.shardings(train_state.abstract(shapes, transform), places, transform)
-    return train_state.create(jax.device_put(trained, places), transform, shardings), shardings
+    return train_state.shardings(train_state.abstract(shapes, transform), places, transform)
 
 
 def fresh_params(run: Run, network: Network, name: str) -> Params:
@@ -181,11 +210,20 @@ def initial_params(run: Run, stage: Any) -> Params:
     return fresh_params(run, lm, stage.name) if start is None else run.language_model(start, lm=lm)
 
 
+def collators(view: TrainingView, codec: Codec, training: Training) -> tuple[Collator[Any], Collator[Any]]:
+    """Return what makes the batches of training, and those of held-out records, one example a row."""
+    size = training.batch_size
+    return (
+        collator_for(view, codec, batch_size=size, micro_batches=training.micro_batches, packing=training.packing),
+        collator_for(view, codec, batch_size=size, micro_batches=None, packing=None),
+    )
+
+
 def mean_over(
     parts: Sequence[Any], measure: Callable[[Params, Any], Metrics], mesh: Mesh
 ) -> Callable[[Params], dict[str, float]]:
     """Return a function of parameters: the metrics of all held-out batches together, divided once."""
-    compiled = jax.jit(measure, out_shardings=replicated(mesh))
+    compiled = everywhere(measure, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
         sums: dict[str, tuple[float, float]] = {}
@@ -199,7 +237,6 @@ def mean_over(
     return evaluate
 
 
-def with_loss(result: tuple[Metric, Metrics]) -> Metrics:
-    """Return an objective's metrics with its loss among them."""
-    loss, metrics = result
-    return metrics | {"loss": loss}
+def everywhere(function: Callable[[Params, Any], Any], mesh: Mesh) -> Callable[[Params, Any], Any]:
+    """Return the compiled function of parameters and a batch, whose result every device has."""
+    return jax.jit(function, out_shardings=replicated(mesh))

@@ -64,6 +64,14 @@ def test_a_round_trip_gives_back_every_bit(cut: bool, piece: int, monkeypatch: p
         assert back[name].flags.c_contiguous
 
 
+def test_a_stage_loads_under_the_mesh_it_has_set() -> None:
+    theirs = foreign("float32")
+    with jax.set_mesh(MESH):
+        params = stream.load(tensors(), lambda one: theirs[one.name], abstract("float32", cut=True))
+    np.testing.assert_array_equal(params["embedding"], theirs["e"])
+    assert {name: leaf.sharding.spec for name, leaf in params.items()} == SPECS
+
+
 @pytest.mark.parametrize(("stored", "ours"), [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")])
 def test_numbers_are_converted_as_numpy_does(stored: str, ours: str) -> None:
     theirs = foreign(stored)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import pathlib
+import re
 import resource
 import subprocess
 import sys
@@ -136,6 +137,90 @@ def test_contents_that_are_spoilt_are_noticed_when_they_are_read(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["1", "2016.0"], done.stderr
     assert "checkpoint_2 cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("place", [0.3, 0.9])
+def test_one_flipped_bit_is_noticed(tmp_path, caplog, place):
+    checkpoints = Checkpoints(tmp_path, keep=None)
+    for step in (1, 2):
+        checkpoints.save(step, {"params": jax.random.normal(jax.random.key(step), (64, 64))}, {})
+    checkpoints.wait()
+    file = max(data_files(checkpoints.path(2)), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+    abstract = {"params": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    with pytest.raises(CheckpointError, match="checkpoint_2 cannot be read: the values of params were changed"):
+        checkpoints.restore_params(2, abstract["params"])
+    step, _, _ = checkpoints.restore_latest(abstract)
+    assert step == 1
+    assert "checkpoint_2 cannot be read: the values of params were changed" in caplog.text
+
+
+SPOIL = """
+import logging, pathlib, sys
+logging.disable(logging.CRITICAL)  # Orbax's event loop prints errors of failed reads at any later moment
+import jax, jax.numpy as jnp, numpy as np
+from pit_jax.io.checkpoint import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=None)
+state = {"params": {"a": jax.random.normal(jax.random.key(0), (40, 40)), "b": jnp.arange(5)}}
+shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+for step in (1, 2):
+    checkpoints.save(step, state, {"step": step})
+checkpoints.wait()
+ways = {
+    "half": lambda c: c[: len(c) // 2], "empty": lambda c: b"",
+    "zeros": lambda c: bytes(len(c)), "gone": lambda c: None,
+    "flip": lambda c: c[: len(c) // 2] + bytes([c[len(c) // 2] ^ 1]) + c[len(c) // 2 + 1 :],
+}
+tried = 0
+files = pathlib.Path(checkpoints.path(2)).rglob("*")
+for path in sorted(path for path in files if path.is_file() and path.stat().st_size):
+    content = path.read_bytes()
+    for way, spoil in ways.items():
+        new = spoil(content)
+        path.unlink() if new is None else path.write_bytes(new)
+        step, got, meta = checkpoints.restore_latest(shapes)
+        same = all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(state)))
+        tried += 1
+        if not same or meta != {"step": step}:
+            print("WRONG", path, way, step, meta)
+        path.write_bytes(content)
+print("tried", tried, checkpoints.restore_latest(shapes)[0])
+"""
+
+
+def test_whichever_file_is_spoilt_in_whichever_way_what_is_restored_is_right(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", SPOIL, str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert re.fullmatch(r"tried [4-9]\d 2", done.stdout.strip()), done.stdout + done.stderr
+
+
+def test_changed_metadata_are_noticed(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=None)
+    checkpoints.save(1, {"params": jnp.ones(3)}, {"index": 31})
+    checkpoints.wait()
+    file = checkpoints.path(1) / "_CHECKPOINT_METADATA"
+    file.write_text(file.read_text().replace('"index": 31', '"index": 13'))
+    with pytest.raises(CheckpointError, match="its metadata were changed"):
+        checkpoints.meta(1)
+
+
+def test_what_the_caller_changes_after_a_save_is_not_saved(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=None)
+    meta = {"last": {"loss": 1.0}}
+    checkpoints.save(1, make_state(), meta)
+    meta["last"]["loss"] = 2.0
+    assert checkpoints.latest() == 1 and checkpoints.meta(1) == {"last": {"loss": 1.0}}
+
+
+def test_protected_checkpoints_stay_until_they_lose_that(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, protected in ((1, [1]), (2, [1]), (3, [1, 2]), (4, [3])):
+        checkpoints.save(step, make_state(), {})
+        checkpoints.protect(protected)
+    checkpoints.wait()
+    assert checkpoints.steps() == [3, 4]
 
 
 @pytest.mark.parametrize("case", ["shape", "missing", "extra", "dtype"])

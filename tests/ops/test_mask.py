@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pit_jax.ops import mask as masks
 
@@ -31,19 +32,16 @@ def test_same_segment_leaves_padding_out():
     assert not want[0, 0, 3].any()
 
 
-def test_window_is_two_sided():
-    want = _table(lambda q, k: -2 < q - k < 2, Q_POSITIONS, K_POSITIONS)
-    np.testing.assert_array_equal(masks.window(Q_POSITIONS, K_POSITIONS, 2), want)
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 0), (None, 1), (3, None), (None, None)])
+def test_reach_bounds_either_side(before: int | None, after: int | None):
+    def near(q: int, k: int) -> bool:
+        return (before is None or q - k <= before) and (after is None or k - q <= after)
+
+    want = _table(near, Q_POSITIONS, K_POSITIONS)
+    np.testing.assert_array_equal(masks.reach(Q_POSITIONS, K_POSITIONS, before, after), want)
 
 
 def test_prefix_joins_what_lies_in_it():
     queries, keys = Q_POSITIONS > 1, K_POSITIONS < 4
     want = _table(lambda q, k: bool(q and k), queries, keys)
     np.testing.assert_array_equal(masks.prefix(queries, keys), want)
-
-
-def test_both():
-    causal, same = masks.causal(Q_POSITIONS, K_POSITIONS), masks.same_segment(Q_SEGMENTS, K_SEGMENTS)
-    np.testing.assert_array_equal(masks.both(causal, None, same), np.asarray(causal) & np.asarray(same))
-    assert masks.both(None, None) is None
-    assert masks.both(None, same) is same

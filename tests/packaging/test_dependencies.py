@@ -15,7 +15,10 @@ RIM = {"gin-config", "importlib-resources", "seqio", "tensorflow", "tensorflow-d
 # Import names that differ from the distribution's.
 DISTRIBUTIONS = {"array_record": "array-record", "gin": "gin-config", "orbax": "orbax-checkpoint"}
 # Imported lazily, and only where the user asks for what they do.
-OPTIONAL = {"clu", "huggingface_hub", "hypothesis", "pytest", "tensorboard", "torch", "transformers", "wandb"}
+OPTIONAL = {
+    "clu", "huggingface_hub", "hypothesis", "prometheus_client", "pytest", "starlette", "tensorboard", "torch",
+    "transformers", "uvicorn", "wandb",
+}  # fmt: skip
 
 
 def _name(requirement: str) -> str:
@@ -40,7 +43,7 @@ def test_lock_pins_every_dependency_and_names_no_host_or_path(version: str) -> N
     lines = _lines(f"lock-{version}.txt")
     pinned = {_name(line) for line in lines}
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for requirement in [*_declared(), *extras["dev"], *extras["tensorboard"]]:
+    for requirement in [*_declared(), *extras["dev"], *extras["serve"], *extras["tensorboard"]]:
         assert _name(requirement) in pinned, requirement
     assert all(re.match(r"[\w.-]+==[\w.]+( ;.*)?$", line) for line in lines)
     assert not re.search(

@@ -26,7 +26,7 @@ from pit_jax.train.optim import Optimizer
 
 from . import shrunk
 
-T5_1_1_BASE, LLAMA_3_2_1B = 247_577_856, 1_235_814_400
+T5_1_1_BASE, LLAMA_3_2_1B, T5_1_1_XXL, GEMMA_3_27B = 247_577_856, 1_235_814_400, 11_135_332_352, 27_009_346_304
 """Parameters of the published models."""
 PIT = ["sft_policy", "sft_improver", "reward_bt", "reward_gap", "rl_policy", "rl_improver", "evaluate"]
 STAGES = {
@@ -38,6 +38,8 @@ STAGES = {
     "hh_rlhf_1b": PIT,
     "hh_rlhf_t5_base": PIT,
     "hh_small": ["pretrain", *PIT],
+    "pit_gemma3_27b": PIT,
+    "pit_t5_xxl": PIT,
 }
 PARAMETERS = {
     "demo": (60_000, 250_000),
@@ -46,6 +48,8 @@ PARAMETERS = {
     "hh_rlhf_1b": (LLAMA_3_2_1B, LLAMA_3_2_1B),
     "hh_rlhf_t5_base": (T5_1_1_BASE, T5_1_1_BASE),
     "hh_small": (1_500_000, 4_000_000),
+    "pit_gemma3_27b": (GEMMA_3_27B, GEMMA_3_27B),
+    "pit_t5_xxl": (T5_1_1_XXL, T5_1_1_XXL),
 }
 TINY_DECODER = (
     "decoder_only.DecoderOnlyConfig.width=16",

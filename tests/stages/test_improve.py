@@ -63,7 +63,7 @@ def test_missing_responses_are_written_by_the_policy_of_the_improver(whole: path
     assert improver.gap is not None and improver.gap.directory.name == "reward_gap"
     rows = _improved(whole, drafts, temperature=0.0)
     sampler = improver.sampler("policy", 0.0)
-    middle = Artifact(whole / "rl_policy").trunk("2")  # rl_improver names rl_policy:2
+    middle = Artifact(whole / "rl_policy").trunk("2", improver.mesh)  # rl_improver names rl_policy:2
     prompts = [improver.codec.prompt_ids(DRAFTS[n]["prompt"]) for n in (1, 2)]
     wanted = first_answers(lambda *args: sampler.answer(middle, *args), improver.codec, prompts, 0)
     assert [rows[n]["response"] for n in (1, 2)] == [improver.codec.text(answer.ids) for answer in wanted]

@@ -18,7 +18,8 @@ import pytest
 
 from pit_jax.core.errors import CheckpointError, ConfigError, TrainingError
 from pit_jax.io.writers import read_metrics, without_timing
-from pit_jax.train.loop import EXIT_SIGINT, EXIT_SIGTERM, Interrupted, Loop, RunFiles, finished, fit
+from pit_jax.train.loop import Interrupted, Loop, RunFiles, finished, fit
+from pit_jax.train.stopping import EXIT_SIGINT, EXIT_SIGTERM
 
 SCRIPT = pathlib.Path(__file__).with_name("toy_program.py")
 _spec = importlib.util.spec_from_file_location("toy_program", SCRIPT)
@@ -132,10 +133,13 @@ def test_records_owed_at_a_stop_are_written_once_even_if_the_next_run_dies_after
     assert_same_run(tmp_path, plain[0])
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish(tmp_path, plain):
-    state, _ = train(tmp_path, on_step=lambda step: signal.raise_signal(signal.SIGTERM) if step == 11 else None)
-    assert_equal(state, plain[1])
+def test_a_signal_in_the_last_step_stops_after_the_run_is_finished(tmp_path, plain):
+    with pytest.raises(Interrupted, match=r"after step 12 of 12. .*checkpoint_12 is complete") as caught:
+        train(tmp_path, on_step=lambda step: signal.raise_signal(signal.SIGTERM) if step == 11 else None)
+    assert caught.value.exit_status == EXIT_SIGTERM  # what comes after this run is not to begin
     assert_same_run(tmp_path, plain[0])
+    state, _ = train(tmp_path)
+    assert_equal(state, plain[1])
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path, plain):
@@ -194,6 +198,28 @@ def test_a_checkpoint_of_another_model_is_refused_and_kept(plain):
     with pytest.raises(CheckpointError, match=r"has shape \(5, 6\), expected is \(5, 7\)"):
         fit(toy.Toy(12), toy.start(12, width=7), LOOP, run_files(directory))
     assert (directory / "metrics.jsonl").read_text() == before and finished(directory) is not None
+
+
+def test_a_run_goes_on_with_other_numbers_of_devices(tmp_path):
+    def train_on(directory, devices, on_step=None):
+        placement = toy.places(LOOP.steps, 8, devices)
+        program = toy.Toy(LOOP.steps, on_step=on_step, placement=placement)
+        state = fit(program, toy.start(LOOP.steps, 8, placement), LOOP, run_files(directory))
+        assert jax.tree.leaves(state.params)[0].sharding.num_devices == devices
+        return state
+
+    def strike(moment):
+        return lambda step: signal.raise_signal(signal.SIGTERM) if step == moment else None
+
+    expected = train_on(tmp_path / "four", 4)
+    for devices, moment in ((4, 3), (1, 6), (2, 9)):
+        with pytest.raises(Interrupted):
+            train_on(tmp_path / "any", devices, strike(moment))
+    got = train_on(tmp_path / "any", 4)
+    for left, right in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    losses = [[record.get("loss") for record in records(tmp_path / run)] for run in ("any", "four")]
+    assert losses[0] == [loss and pytest.approx(loss, rel=1e-5) for loss in losses[1]]
 
 
 @pytest.mark.parametrize("field", ["steps", "log_every", "eval_every", "checkpoint_every", "keep"])

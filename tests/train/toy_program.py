@@ -1,18 +1,26 @@
-"""A toy program for the loop's tests, also run as a process of its own: DIRECTORY [--steps N] [--pause SECONDS]."""
+"""A toy program for the loop's tests, also run as a process of its own, or as one of several on one machine.
+
+DIRECTORY [--steps N] [--pause SECONDS] [--die WHERE] [--process NUMBER --count N --port PORT]
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pit_jax.core import metric
 from pit_jax.core.errors import PitError
 from pit_jax.core.rng import key_for
+from pit_jax.sharding.processes import Cluster, join, leave
 from pit_jax.train import state as states
 from pit_jax.train.loop import Interrupted, Loop, RunFiles, fit
 from pit_jax.train.optim import Optimizer, build
@@ -31,11 +39,12 @@ def objective(params, batch, key):
 class Toy:
     """Linear data drawn from a stream whose position must be restored, and a running mean kept on the host."""
 
-    def __init__(self, steps, *, poison=None, pause=0.0, on_step=None):
+    def __init__(self, steps, *, poison=None, pause=0.0, on_step=None, placement=None):
         self.next, self.running = 0, 0.0
         self.poison, self.pause, self.on_step = poison, pause, on_step
         self.evaluated = []
-        self._step = make_step(objective, OPTIMIZER, steps=steps)
+        self._step = make_step(objective, OPTIMIZER, steps=steps, shardings=placement)
+        self._norm = jax.jit(lambda state: jnp.linalg.norm(state.params["kernel"]))
 
     def batch(self):
         rng = np.random.default_rng(self.next)
@@ -56,7 +65,7 @@ class Toy:
 
     def evaluate(self, state):
         self.evaluated.append(int(state.step))
-        return {"norm": float(jnp.linalg.norm(state.params["kernel"])), "undefined": float("nan")}
+        return {"norm": float(self._norm(state)), "undefined": float("nan")}
 
     def snapshot(self):
         return {"next": self.next, "running": self.running}
@@ -65,10 +74,45 @@ class Toy:
         self.next, self.running = snapshot["next"], snapshot["running"]
 
 
-def start(steps, width=6):
+def start(steps, width=6, placement=None):
     one, two = jax.random.split(jax.random.key(7))
     params = {"kernel": jax.random.normal(one, (5, width)), "out": jax.random.normal(two, (width,))}
-    return states.create(params, build(OPTIMIZER, steps))
+    return states.create(jax.device_get(params), build(OPTIMIZER, steps), placement)
+
+
+def places(steps, width=6, devices=None):
+    """Return where the state lives on so many devices, by default on all of all processes."""
+    devices = jax.devices()[:devices]
+    mesh = jax.make_mesh((len(devices),), ("tensor",), axis_types=(AxisType.Auto,), devices=devices)
+    cut = {"kernel": PartitionSpec(None, "tensor"), "out": PartitionSpec("tensor")}
+    transform = build(OPTIMIZER, steps)
+    shapes = jax.eval_shape(lambda: start(steps, width)).params
+    named = {name: NamedSharding(mesh, spec) for name, spec in cut.items()}
+    return states.shardings(states.abstract(shapes, transform), named, transform)
+
+
+def die(where):
+    """Be killed at a chosen moment: in the evaluation of step 5, or before or after a name of step 6's checkpoint."""
+
+    def killed(original, dies, after):
+        def wrapped(*args, **kwargs):
+            if dies(*args) and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = original(*args, **kwargs)
+            if dies(*args):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    if where == "evaluation":
+        Toy.evaluate = killed(Toy.evaluate, lambda _, state: int(state.step) == 5, after=True)
+    else:
+        moment, name = where.split()
+        ends = re.compile(rf"checkpoint_6{'/sizes.json' if name == 'sizes' else ''}$")
+        for function in ("rename", "replace"):
+            new = killed(vars(os)[function], lambda _, target: bool(ends.search(os.fspath(target))), moment == "after")
+            setattr(os, function, new)
 
 
 def main():
@@ -76,18 +120,35 @@ def main():
     parser.add_argument("directory")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--die")
+    parser.add_argument("--process", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1)
+    parser.add_argument("--port", type=int)
     arguments = parser.parse_args()
+    if arguments.count > 1:
+        join(Cluster(coordinator=f"localhost:{arguments.port}", count=arguments.count, process=arguments.process))
+    status = train(arguments)
+    leave(status, "the toy has stopped")
+    return status
+
+
+def train(arguments):
+    if arguments.die:
+        die(arguments.die)
+    placement = None if arguments.count == 1 else places(arguments.steps)
     loop = Loop(steps=arguments.steps, log_every=4, eval_every=5, checkpoint_every=3, eval_at_start=True)
     run = RunFiles(directory=arguments.directory, name="toy", tensorboard=False)
     try:
-        state = fit(Toy(arguments.steps, pause=arguments.pause), start(arguments.steps), loop, run)
+        program = Toy(arguments.steps, pause=arguments.pause, placement=placement)
+        state = fit(program, start(arguments.steps, placement=placement), loop, run)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_status
     except PitError as error:
         print(error, file=sys.stderr)
         return 1
-    np.savez(f"{arguments.directory}/final.npz", **{str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))})
+    leaves = {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+    np.savez(f"{arguments.directory}/final.npz", **(leaves if arguments.count == 1 else {}))
     return 0
 
 

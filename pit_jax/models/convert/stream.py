@@ -98,10 +98,12 @@ def _fill(leaf: jax.ShapeDtypeStruct, tensors: Sequence[Tensor], read: Callable[
         where = tuple((first, last) for first, last, _ in ranges)
         shape = tuple(last - first for first, last in where)
         parts.append(_Part(device, where, jnp.zeros(shape, leaf.dtype, device=device)))
-    for tensor in tensors:
-        rows = read(tensor)
-        for first, last in _pieces(tensor.split, tensor.shape[0]):
-            _write_piece(parts, tensor, rows, first, last)
+    # A piece goes to one device, and jax runs nothing on one alone where a mesh of several has been set.
+    with jax.set_mesh(None):  # pyright: ignore[reportArgumentType]
+        for tensor in tensors:
+            rows = read(tensor)
+            for first, last in _pieces(tensor.split, tensor.shape[0]):
+                _write_piece(parts, tensor, rows, first, last)
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, [part.values for part in parts])
 
 

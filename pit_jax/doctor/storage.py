@@ -1,0 +1,88 @@
+"""Can MODEL_DIR be written, read and emptied, is there room, and is it one place for all hosts?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from pathlib import Path
+
+from etils import epath
+
+from pit_jax.doctor.report import Check, ok, problem, warning
+from pit_jax.io import files
+
+SMALL = 2 * 10**9
+"""Bytes below which not even the demo's checkpoints are sure to fit."""
+
+VOLATILE = ("tmpfs", "ramfs", "overlay")
+"""File systems whose content is gone when the machine or the container is."""
+
+
+def check_storage(directory: str) -> list[Check]:
+    """Write, read and remove a small file in `directory`, which is made where needed and left as it was."""
+    folder = epath.Path(directory)
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    text = uuid.uuid4().hex
+    made: list[epath.Path] = []
+    start = time.perf_counter()
+    try:
+        _make(folder, made)
+        probe.write_text(text)
+        back = probe.read_text()
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        fix = "Check the path and your rights to it (for gs://: gcloud auth application-default login)."
+        return [problem("storage", f"{directory}: {error}", fix)]
+    finally:
+        _remove(made)
+    milliseconds = (time.perf_counter() - start) * 1e3
+    if back != text:
+        return [problem("storage", f"{directory} gives back other bytes than were written", "Use another place.")]
+    found = f"{directory}: wrote, read and removed a file in {milliseconds:.0f} ms"
+    return [ok("storage", found), *_room(directory)]
+
+
+def _make(folder: epath.Path, made: list[epath.Path]) -> None:
+    """Make a folder and those above it, noting which; object stores have no folders."""
+    if not files.is_local(folder) or folder.exists():
+        return
+    _make(folder.parent, made)
+    folder.mkdir()
+    made.append(folder)
+
+
+def _remove(folders: list[epath.Path]) -> None:
+    for folder in reversed(folders):
+        folder.rmdir()
+
+
+def _room(directory: str) -> list[Check]:
+    free = files.free_bytes(directory)
+    if free is None:
+        return []
+    found = f"{free / 1e9:.1f} GB free"
+    kind = file_system(Path(directory).absolute())
+    checks = [warning("free disk", found, "Free some space.") if free < SMALL else ok("free disk", found)]
+    if kind in VOLATILE:
+        fix = "For more than a trial name a disk or a bucket that stays."
+        checks.append(warning("kind of disk", f"{kind}: gone when this machine or container is", fix))
+    return checks
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str:
+    """Return the kind of file system that `path` is or will be on ("ext4", "nfs4", ...), or "" where unknown."""
+    try:
+        lines = mounts.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    best, kind = "", ""
+    for line in lines:
+        place, name = line.split()[1:3]
+        inside = os.path.commonpath((place, os.fspath(path))) == place
+        if inside and len(place) >= len(best):
+            best, kind = place, name
+    return kind
