@@ -3,10 +3,12 @@
     python benchmarks/serve_throughput.py [--clients 64] [--requests 1000] [--tokens 64] [--run DIR]
 
 Without `--run`, a model of bytes is trained for a step in a temporary directory: what it says is noise, and what is
-measured is the server. Each request is a prompt without a draft: a draft by the policy, a proposal by the improver,
-and two scores by the gap model. The server is a process of its own on the same machine; needs openai.
+measured is the server. Each request is a prompt without a draft: a draft by the policy and a proposal by the improver;
+with `--accept gap` also two scores by the gap model. The server is a process of its own on the same machine; needs
+openai.
 
-What batches save is reading the parameters once for many rows. Of a nano model (`--width 64 --layers 2`) there is
+What batches save is reading the parameters once for many rows, token by token. Prompts and scores are read many tokens
+at a time, which keeps a CPU busy with one row as with many. Of a nano model (`--width 64 --layers 2`) there is
 nothing to save on a CPU, where its parameters stay in the cache: a request then costs what Python and HTTP cost.
 """
 
@@ -68,10 +70,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--alone", type=int, default=100, help="requests of the one client")
+    parser.add_argument("--alone", type=int, default=30, help="requests of the one client")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--accept", choices=("gap", "always"), default="always")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--run", type=pathlib.Path)
     parser.add_argument("--port", type=int, default=8765)
@@ -79,7 +82,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         run = options.run or byte_run(pathlib.Path(directory) / "bytes", options.width, options.layers, options.tokens)
-        with served(run, options.port, options.flags.split()) as server:
+        with served(run, options.port, [f"--accept={options.accept}", *options.flags.split()]) as server:
             asyncio.run(measure(server, 4, 16, options.tokens, options.stream))
             alone = asyncio.run(measure(server, 1, options.alone, options.tokens, options.stream))
             row(1, options.alone, alone)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import pathlib
+import signal
 
+# Shells start background processes, and so some CI runs, with Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -18,7 +21,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nearly every program of the tests runs once or twice: what a compiler's optimisations cost is never earned back.
 jax.config.update("jax_disable_most_optimizations", True)
+# A cache for each process of pytest-xdist: one may read an entry that the other has not finished.
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pit_jax" / "test-compilations"
+CACHE = CACHE / os.environ.get("PYTEST_XDIST_WORKER", "alone")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -29,6 +34,10 @@ install_import_hook(["pit_jax.ops", "pit_jax.losses"], "beartype.beartype")
 
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000
+
+# Folders whose tests compute on several fake devices: all of them in one process, for two that do so at the same time
+# on few cores wait for each other's threads.
+ON_DEVICES = {"decode", "improve", "io", "models", "recipes", "rl", "sharding", "stages", "train"}
 
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",
@@ -49,6 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marks and turn warnings into errors."""
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+    config.addinivalue_line("markers", "xdist_group(name): tests that run in one process")
     config.addinivalue_line("filterwarnings", "error")
     for line in IGNORED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
@@ -67,7 +77,10 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow, parity and browser tests unless `-m` says what is wanted."""
+    """Share folders out over processes; leave out slow, parity and browser tests unless `-m` says what is wanted."""
+    for item in items:
+        folder = item.path.relative_to(pathlib.Path(__file__).parent).parts[0]
+        item.add_marker(pytest.mark.xdist_group("devices" if folder in ON_DEVICES else folder))
     if config.getoption("-m"):
         return
     left_out = [item for item in items if any(mark in item.keywords for mark in MARKS)]

@@ -40,6 +40,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--linger", type=float, default=0.01, metavar="SECONDS", help="to wait for others who may come (default: 0.01)"
     )
+    group.add_argument(
+        "--patience", type=float, default=0.5, metavar="SECONDS",
+        help="for which fewer rows than are under way wait for more (default: 0.5)",
+    )  # fmt: skip
     group.add_argument("--no-warm-up", action="store_true", help="compile during the first requests, not before them")
     group = parser.add_argument_group("limits")
     group.add_argument("--max-requests", type=int, default=256, metavar="N", help="at a time (default: 256)")
@@ -76,7 +80,7 @@ def serve(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         max_tokens=args.max_tokens,
         drain=args.drain,
-        batching=Batching(max_batch=args.max_batch, linger=args.linger, running=args.batches),
+        batching=Batching(max_batch=args.max_batch, linger=args.linger, patience=args.patience, running=args.batches),
         limits=Limits(
             requests=args.max_requests,
             body=args.max_body,

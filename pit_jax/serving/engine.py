@@ -139,15 +139,18 @@ class Engine:
         Others are expected if more was under way at once a moment ago: they have their answers, and ask again.
         """
         now = time.monotonic()
-        linger = self._batching.linger
-        if self._running and isinstance(group[0], Scoring) and len(group) < self._models.row_sizes[-1]:
-            # Rows of one batch end one after another; scoring each of them by itself would hold up the rest.
-            return max(0.0, group[0].arrived + MOST_LINGER * linger - now)
-        outstanding = len(self._waiting) + sum(batch.under_way for batch in self._running)
+        under_way = sum(batch.under_way for batch in self._running)
+        outstanding = len(self._waiting) + under_way
         faded = self._peak * 0.5 ** ((now - self._peak_seen) / PEAK_HALVES)
         self._peak, self._peak_seen = max(faded, float(outstanding)), now
-        if len(group) >= self._models.row_sizes[-1] or outstanding >= round(self._peak):
+        if len(group) >= self._models.row_sizes[-1]:
             return 0.0
+        if len(group) < under_way:
+            # Rows of one batch end one after another: taken on one by one, they would hold up the many for the few.
+            return max(0.0, group[0].arrived + self._batching.patience - now)
+        if outstanding >= round(self._peak):
+            return 0.0
+        linger = self._batching.linger
         return max(0.0, min(self._last_arrival + linger, group[0].arrived + MOST_LINGER * linger) - now)
 
     def _begin(self, works: Sequence[Work]) -> None:

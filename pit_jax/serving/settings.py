@@ -16,12 +16,14 @@ class Batching:
     max_batch: most rows of a batch.
     linger: seconds without an arrival after which a batch that is not full starts. Nobody waits where nobody else is
       to come: the wait is for other requests only.
+    patience: seconds for which fewer rows than are under way wait for more, before they hold those up.
     running: most batches that are sampled in turns. With 1 a new request waits for the end of the batch under way.
     piece: seconds between two looks at a batch under way: how often tokens are sent and abandoned rows dropped.
     """
 
     max_batch: int = 64
     linger: float = 0.01
+    patience: float = 0.5
     running: int = 2
     piece: float = 0.05
 
@@ -32,6 +34,8 @@ class Batching:
                 raise invalid(f"Batching.{name}", vars(self)[name], "be at least 1", "Give a larger number.")
         if not 0.0 <= self.linger <= 10.0:
             raise invalid("Batching.linger", self.linger, "be between 0 and 10 seconds", "0.01 is usual.")
+        if not 0.0 <= self.patience <= 60.0:
+            raise invalid("Batching.patience", self.patience, "be between 0 and 60 seconds", "0.5 is usual.")
         if not 0.0 < self.piece <= 10.0:
             raise invalid("Batching.piece", self.piece, "be above 0 and at most 10 seconds", "0.05 is usual.")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 
 from pit_jax.evaluation.endpoint_config import EndpointConfig, Limits
@@ -12,8 +11,6 @@ from pit_jax.evaluation.pairwise import Question
 
 
 def main() -> None:
-    # A shell that starts tests in the background may ignore SIGINT, which children inherit.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     url, directory, count, concurrency = sys.argv[1:]
     limits = Limits(concurrency=int(concurrency), first_wait=0.05)
     config = LlmJudgeConfig(endpoint=EndpointConfig(base_url=url, model="judge", limits=limits))

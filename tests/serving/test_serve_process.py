@@ -71,6 +71,7 @@ def _args(*words: str) -> argparse.Namespace:
         ("--max-batch=0", "Batching.max_batch"),
         ("--batches=0", "Batching.running"),
         ("--linger=-1", "Batching.linger"),
+        ("--patience=-1", "Batching.patience"),
         ("--max-body=0", "Limits.body"),
         ("--max-prompt=0", "Limits.prompt"),
         ("--timeout=0", "Limits.seconds"),
