@@ -7,14 +7,15 @@ import os
 import pathlib
 import signal
 
-# Shells start background processes, and so some CI runs, with Ctrl-C ignored, and children would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+# Shells start background processes, and so some CI runs, with Ctrl-C ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)

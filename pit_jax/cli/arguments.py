@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import pit_jax
-from pit_jax.cli import shipped
+from pit_jax.cli import serve, shipped
 
 _STAGES = "pit_jax.cli.stages:"
 _DATA = "pit_jax.cli.data:"
@@ -30,6 +30,7 @@ your own data
 
 use what was trained
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl
+  pit-jax serve --checkpoint=runs/demo                                    OpenAI's API on localhost:8000
   pit-jax convert --input=runs/mine/rl_improver --output=improver_hf      for transformers, vLLM, ...
 
 a large machine
@@ -172,6 +173,9 @@ def _parser() -> argparse.ArgumentParser:
         if roles:
             stage.add_argument("--role", choices=roles, help="which stage of this kind the recipe should run")
     _add_improve(verb)
+    serve.add_flags(
+        verb("serve", "answer clients of OpenAI's API with an improver", "pit_jax.cli.serve:serve", serve.EPILOG)
+    )
     _add_convert(verb)
     _add_plan(verb)
     _add_doctor(verb)
