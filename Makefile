@@ -45,10 +45,10 @@ demo: $(stamp)
 	  --gin.MODEL_DIR="'runs/demo-$(SEED)'" --gin.RANDOM_SEED=$(SEED)
 
 test: $(stamp) $(planner)
-	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not parity and not browser"
+	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not browser"
 
 test-slow: $(stamp) $(planner)
-	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not parity and not browser"
+	PYTHONPATH=$(abspath $(VENV)/planner) $(bin)/python -m pytest -q -n 2 --dist loadfile -m "slow and not parity and not browser"
 
 # Programs for TPUs are compiled, not run; where the compiler is not to be had, the tests that need it are skipped.
 $(planner): $(stamp)

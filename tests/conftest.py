@@ -36,10 +36,6 @@ install_import_hook(["pit_jax.ops", "pit_jax.losses"], "beartype.beartype")
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000
 
-# Folders whose tests compute on several fake devices: all of them in one process, for two that do so at the same time
-# on few cores wait for each other's threads.
-ON_DEVICES = {"decode", "improve", "io", "models", "recipes", "rl", "sharding", "stages", "train"}
-
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",
     "parity": "needs other software (torch, transformers, ...); run with `-m parity`",
@@ -59,7 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Register the marks and turn warnings into errors."""
     for mark, meaning in MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
-    config.addinivalue_line("markers", "xdist_group(name): tests that run in one process")
     config.addinivalue_line("filterwarnings", "error")
     for line in IGNORED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
@@ -77,12 +72,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.collect()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Share folders out over processes; leave out slow, parity and browser tests unless `-m` says what is wanted."""
-    for item in items:
-        folder = item.path.relative_to(pathlib.Path(__file__).parent).parts[0]
-        item.add_marker(pytest.mark.xdist_group("devices" if folder in ON_DEVICES else folder))
+    """Leave out slow, parity and browser tests unless `-m` says what is wanted."""
     if config.getoption("-m"):
         return
     left_out = [item for item in items if any(mark in item.keywords for mark in MARKS)]

@@ -227,7 +227,7 @@ def test_sizes_that_do_not_divide_are_named(
 def test_a_setting_that_was_refused_may_be_mended_in_place(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConfigError, match="batch_size = 8 must"):
         small.alone(whole, tmp_path, small.sft("policy", training=small.training(1, micro_batches=3)))
-    assert (tmp_path / "sft_policy" / "stage.json").exists()
+    assert not (tmp_path / "sft_policy" / "stage.json").exists()
     small.alone(whole, tmp_path, small.sft("policy", training=small.training(1, micro_batches=2)))
     with pytest.raises(CheckpointError, match="micro_batches: 2 -> 4"):
         small.alone(whole, tmp_path, small.sft("policy", training=small.training(1, micro_batches=4)))
