@@ -33,17 +33,9 @@ from typing import NamedTuple
 import numpy as np
 from openai import AsyncOpenAI
 
-from pit_jax.data.open import DataSpec
-from pit_jax.data.synthetic import SyntheticConfig
 from pit_jax.models.decoder_only import DecoderOnlyConfig
-from pit_jax.stages.pipeline import Recipe
-from pit_jax.stages.reward import Reward
-from pit_jax.stages.run import Experiment
-from pit_jax.stages.sft import Sft
-from pit_jax.stages.supervised import Training
-from pit_jax.text.template import Templates
-from pit_jax.train.loop import Loop
-from pit_jax.train.optim import Optimizer
+from pit_jax.testing.byte_run import VOCABULARY, byte_run
+from pit_jax.text.codec import Lengths
 
 READY_SECONDS = 1200.0
 
@@ -81,7 +73,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags of `pit-jax serve`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        run = options.run or byte_run(pathlib.Path(directory) / "bytes", options.width, options.layers, options.tokens)
+        run = options.run or make_run(pathlib.Path(directory) / "bytes", options.width, options.layers, options.tokens)
         with served(run, options.port, [f"--accept={options.accept}", *options.flags.split()]) as server:
             asyncio.run(measure(server, 4, 16, options.tokens, options.stream))
             alone = asyncio.run(measure(server, 1, options.alone, options.tokens, options.stream))
@@ -92,37 +84,20 @@ def main() -> None:
             batches(server.url)
 
 
-def byte_run(directory: pathlib.Path, width: int, layers: int, tokens: int) -> pathlib.Path:
-    """Train a policy, an improver and a gap model of bytes for a step each."""
-    loop = Loop(steps=1, log_every=1, checkpoint_every=1, eval_every=1)
-    # A model that has learned nothing ends an answer in one of 384 tokens: nearly all are as long as they can be.
-    training = Training(batch_size=2, loop=loop, optimizer=Optimizer(learning_rate=1e-8), evaluation_records=2)
-    experiment = Experiment(
-        model=DecoderOnlyConfig(
-            vocab_size=384,
-            width=width,
-            layers=layers,
-            heads=max(1, width // 64),
-            kv_heads=1,
-            head_dim=64,
-            mlp=4 * width,
-            role_embedding=True,
-        ),
-        data=DataSpec(
-            generator="pit_jax.data.synthetic:generate", config=SyntheticConfig(difficulty="easy", num_records=200)
-        ),
-        tokenizer="bytes",
-        lengths={"inputs": 24, "targets": tokens},
-        templates=Templates(policy="{prompt}>", improver="{prompt}\n{reference}>", gap="{prompt}\n{reference}>"),
-        tensorboard=False,
+def make_run(directory: pathlib.Path, width: int, layers: int, tokens: int) -> pathlib.Path:
+    """Make a run of bytes whose models have learned nothing."""
+    model = DecoderOnlyConfig(
+        vocab_size=VOCABULARY,
+        width=width,
+        layers=layers,
+        heads=max(1, width // 64),
+        kv_heads=1,
+        head_dim=64,
+        mlp=4 * width,
+        role_embedding=True,
     )
-    stages = (
-        Sft(name="sft_policy", role="policy", training=training),
-        Sft(name="sft_improver", role="improver", training=training),
-        Reward(name="reward_gap", role="gap", init_from="sft_policy", training=training, report_records=4),
-    )
-    Recipe(model_dir=str(directory), seed=0, experiment=experiment, stages=stages).run()
-    return directory
+    # They end an answer in one of 384 tokens: nearly all are as long as they can be.
+    return byte_run(directory, model, Lengths(inputs=24, targets=tokens), learning_rate=1e-8)
 
 
 @contextlib.contextmanager

@@ -92,20 +92,6 @@ manifest() {
 kube=(kubectl --namespace="$space")
 remove() { run "${kube[@]}" delete jobset "$name" --ignore-not-found; }
 
-# shellcheck disable=SC2329  # called by the trap
-finish() {
-  local status=$?
-  trap '' INT TERM
-  trap - EXIT
-  [ -z "$attended" ] || kill -TERM "$attended" 2>/dev/null || true
-  if [ -n "$delete" ]; then
-    remove || say "could not delete the JobSet $name: do it by hand, its nodes cost"
-  elif [ "$status" -eq 130 ] || [ "$status" -eq 143 ]; then
-    say "the job goes on; this command follows it again, and this one ends it: $(dry=1 remove)"
-  fi
-  exit "$status"
-}
-
 pipeline_line pit-jax
 if [ -n "$dry" ]; then
   run "${kube[@]}" get jobset "$name" --output='jsonpath={.status.terminalState}'
@@ -113,9 +99,7 @@ if [ -n "$dry" ]; then
   [ -z "$delete" ] || remove
   exit
 fi
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+leave_job "JobSet $name" "this command follows it again, and this one ends it"
 
 if state=$("${kube[@]}" get jobset "$name" --output='jsonpath={.status.terminalState}' 2>/dev/null) && [ -z "$state" ]; then
   say "the JobSet $name is there, and is followed"

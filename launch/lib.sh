@@ -141,6 +141,29 @@ supervise() {
   done
 }
 
+# leave_job WHAT HINT: from now on, end by deleting the job (--delete), or after a signal by saying that it goes on and
+# how to end it. `remove` is the launcher's own; `delete` is its setting.
+leave_job() {
+  job=$1 hint=$2
+  trap finish_job EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
+}
+
+# shellcheck disable=SC2154,SC2329  # `delete` is the launcher's; called by the trap
+finish_job() {
+  local status=$?
+  trap '' INT TERM
+  trap - EXIT
+  [ -z "$attended" ] || kill -TERM "$attended" 2>/dev/null || true
+  if [ -n "$delete" ]; then
+    remove || say "could not delete the $job: do it by hand, its nodes cost"
+  elif [ "$status" -eq 130 ] || [ "$status" -eq 143 ]; then
+    say "the job goes on; $hint: $(dry=1 remove)"
+  fi
+  exit "$status"
+}
+
 # follow_jobset NAMESPACE NAME: print the log of process 0, over restarts, until the JobSet has ended.
 # Returns 0 where it is complete, 1 where it has failed.
 follow_jobset() {

@@ -51,23 +51,7 @@ case $command in
 esac
 
 remove() { run xpk workload delete --cluster="$cluster" --workload="$name" ${place[@]+"${place[@]}"} --force; }
-
-# shellcheck disable=SC2329  # called by the trap
-finish() {
-  local status=$?
-  trap '' INT TERM
-  trap - EXIT
-  [ -z "$attended" ] || kill -TERM "$attended" 2>/dev/null || true
-  if [ -n "$delete" ]; then
-    remove || say "could not delete the workload $name: do it by hand, its nodes cost"
-  elif [ "$status" -eq 130 ] || [ "$status" -eq 143 ]; then
-    say "the job goes on; this ends it: $(dry=1 remove)"
-  fi
-  exit "$status"
-}
-trap finish EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+leave_job "workload $name" "this ends it"
 
 run xpk workload create --cluster="$cluster" --workload="$name" "$device" "$count" --docker-image="$image" \
   --max-restarts="$tries" --restart-on-exit-codes=75 --termination-grace-period-seconds=300 \

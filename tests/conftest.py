@@ -22,9 +22,9 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Nearly every program of the tests runs once or twice: what a compiler's optimisations cost is never earned back.
 jax.config.update("jax_disable_most_optimizations", True)
-# A cache for each process of pytest-xdist: one may read an entry that the other has not finished.
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pit_jax" / "test-compilations"
-CACHE = CACHE / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+# Each process of pytest-xdist has a cache of its own: one may read an entry that the other has not finished.
+CACHE /= os.environ.get("PYTEST_XDIST_WORKER", "alone")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

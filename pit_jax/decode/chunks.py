@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pit_jax.core.errors import invalid
 from pit_jax.core.types import Params, Prompts
+from pit_jax.decode.sampling import keep_top_p, pick, tempered
 from pit_jax.models.api import ConditionalLM
 
 
@@ -136,22 +137,9 @@ def _append(state: Halted, logits: Float[Array, "B V"], draws: Draws, program: P
 
 def draw_rows(logits: Float[Array, "B V"], draws: Draws, step: Int[Array, ""] | int) -> Int[Array, " B"]:
     """Draw one token for every row as `sampling.draw` does, each with its own temperature and top-p."""
-    logits = logits.astype(jnp.float32)
-    temperature = draws.temperature[:, None]
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    logits, temperature = logits.astype(jnp.float32), draws.temperature[:, None]
+    scaled = tempered(logits, temperature)
     # Sorting a vocabulary costs more than all the rest, so it is done only where some row asks for it.
-    nucleus = functools.partial(_keep_top_p, p=draws.top_p[:, None])
+    nucleus = functools.partial(keep_top_p, p=draws.top_p[:, None])
     kept = jax.lax.cond(jnp.all(draws.top_p == 1.0), lambda scaled: scaled, nucleus, scaled)
-    vocabulary = logits.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), vocabulary))(draws.keys)
-    perturbed = jnp.where(kept > -jnp.inf, logits + temperature * noise, -jnp.inf)
-    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
-
-
-def _keep_top_p(logits: Float[Array, "B V"], p: Float[Array, "B 1"]) -> Float[Array, "B V"]:
-    """Set logits outside a row's nucleus to -inf, as `sampling.keep_top_p` does; rows with `p` = 1 keep all."""
-    descending = -jnp.sort(-logits, axis=-1)
-    probability = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where((logits >= smallest) | (p == 1.0), logits, -jnp.inf)
+    return pick(logits, kept, draws.keys, step, temperature)

@@ -43,15 +43,34 @@ def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
-def keep_top_p(logits: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Set logits outside the nucleus, the smallest set of top tokens with probability >= `p`, to -inf."""
-    if p == 1.0:
+def keep_top_p(logits: Float[Array, "B V"], p: float | Float[Array, "B 1"]) -> Float[Array, "B V"]:
+    """Set logits outside the nucleus, the smallest set of top tokens with probability >= `p`, to -inf; 1 keeps all."""
+    if isinstance(p, float) and p == 1.0:
         return logits
     descending = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
     smallest = jnp.min(jnp.where(before < p, descending, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
+    return jnp.where((logits >= smallest) | (p == 1.0), logits, -jnp.inf)
+
+
+def tempered(logits: Float[Array, "B V"], temperature: Float[Array, "..."] | float) -> Float[Array, "B V"]:
+    """Return logits / temperature; at temperature 0, the logits."""
+    return logits / jnp.where(temperature > 0, temperature, 1.0)
+
+
+def pick(
+    logits: Float[Array, "B V"],
+    kept: Float[Array, "B V"],
+    keys: Key[Array, " B"],
+    step: Int[Array, ""] | int,
+    temperature: Float[Array, "..."] | float,
+) -> Int[Array, " B"]:
+    """Return argmax_v (logits_v + temperature * gumbel_v) over the tokens whose `kept` logit is above -inf."""
+    vocabulary = logits.shape[1:]
+    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), vocabulary))(keys)
+    perturbed = jnp.where(kept > -jnp.inf, logits + temperature * noise, -jnp.inf)
+    return jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
 
 
 def draw(
@@ -69,11 +88,7 @@ def draw(
     `fold_in(keys[b], step)` only, so its token does not depend on the other rows.
     """
     logits = logits.astype(jnp.float32)
-    divisor = jnp.where(temperature > 0, temperature, 1.0)
-    kept = keep_top_p(keep_top_k(logits, top_k) / divisor, top_p)
-    vocabulary = logits.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), vocabulary))(keys)
-    perturbed = jnp.where(kept > -jnp.inf, logits + temperature * noise, -jnp.inf)
-    token = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
+    kept = keep_top_p(tempered(keep_top_k(logits, top_k), temperature), top_p)
+    token = pick(logits, kept, keys, step, temperature)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
     return token, chosen - jax.nn.logsumexp(logits, axis=-1)

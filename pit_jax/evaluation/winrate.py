@@ -55,18 +55,6 @@ def outcomes(
     return np.where(difference > margin, 1.0, np.where(difference < -margin, -1.0, 0.0))
 
 
-def interval(
-    results: Float[np.ndarray, " n"],
-    groups: Sequence[str],
-    *,
-    seed: int,
-    draws: int = 2000,
-    bounds: tuple[float, float] | None = None,
-) -> tuple[float, float]:
-    """Return the 95 % interval of the mean of `results`, resampling whole prompts (`bootstrap.mean_interval`)."""
-    return mean_interval(results, groups, seed=seed, draws=draws, bounds=bounds)
-
-
 def compare(
     candidate: ResponseSet,
     baseline: ResponseSet,
@@ -96,7 +84,7 @@ def compare(
             "Compare response sets over the same prompts.",
         )
     result = outcomes(first, second, margin=margin)
-    low, high = interval(result, groups, seed=seed, bounds=(-1.0, 1.0))
+    low, high = mean_interval(result, groups, seed=seed, bounds=(-1.0, 1.0))
     win, lose = float(np.mean(result > 0)), float(np.mean(result < 0))
     return Comparison(
         candidate=candidate.name,

@@ -111,14 +111,14 @@ def improve(
         contexts = [(prompts[number], as_reference(codec, y)) for number, y in zip(active, present, strict=True)]
         keys = sample_keys(seed, "improve", iteration, active, config.candidates)
         rows = [codec.improver_prompt(*context) for context in contexts for _ in range(config.candidates)]
-        steps = _choose(config, gap, codec, contexts, present, improver(rows, keys))
+        steps = _score_and_choose(config, gap, codec, contexts, present, improver(rows, keys))
         for number, step in zip(active, steps, strict=True):
             row = trajectories[number]
             trajectories[number] = dataclasses.replace(row, steps=(*row.steps, step))
     return trajectories
 
 
-def _choose(
+def _score_and_choose(
     config: Improve,
     gap: Judge | None,
     codec: Codec,
@@ -126,16 +126,32 @@ def _choose(
     present: Sequence[Response],
     proposals: Sequence[Response],
 ) -> list[Step]:
-    """Return one step for each context from its `config.candidates` successive proposals."""
+    """Score the proposals, `config.candidates` successive ones for each context, and choose."""
     if gap is None:
         return [Step(proposal=proposal, accepted=True, gap=None, zero=None) for proposal in proposals]
     rows = [codec.gap_prompt(*context) for context in contexts]
     repeated = [row for row in rows for _ in range(config.candidates)]
     scores = gap([*repeated, *rows], [*proposals, *present])
-    gaps, zero = scores[: len(proposals)].reshape(len(rows), config.candidates), scores[len(proposals) :]
+    return choose(config, proposals, scores[: len(proposals)], scores[len(proposals) :])
+
+
+def choose(
+    config: Improve,
+    proposals: Sequence[Response],
+    gaps: Float[np.ndarray, " N"],
+    zero: Float[np.ndarray, " X"],
+) -> list[Step]:
+    """Return one step for each of X answers: the best of its `config.candidates` successive proposals, and its fate.
+
+    Args:
+      config: the accept rule and the number of candidates C; N = X C.
+      proposals: the candidates, those of one answer after each other.
+      gaps: r_gap(proposal, y_i | x) of each.
+      zero: r_gap(y_i, y_i | x) of each answer.
+    """
+    gaps = gaps.reshape(len(zero), config.candidates)
     valid = usable(gaps, proposals)
-    chosen = best(valid)
-    number = np.arange(len(rows))
+    chosen, number = best(valid), np.arange(len(zero))
     accepted = accepts(valid[number, chosen], zero, config.margin) | (config.accept == "always")
     return [
         Step(

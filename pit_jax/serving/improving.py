@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pit_jax.decode.batches import Response, as_reference
-from pit_jax.improve.accept import Improve, accepts, best, usable
-from pit_jax.improve.loop import Step, Trajectory
+from pit_jax.improve.accept import Improve
+from pit_jax.improve.loop import Step, Trajectory, choose
 from pit_jax.serving.asked import Asked, Prompt
 from pit_jax.serving.engine import Engine
 from pit_jax.serving.loaded import Kind
@@ -76,11 +76,7 @@ class Answering:
             return Step(proposal=proposals[0], accepted=True, gap=None, zero=None)
         question = self._codec.gap_prompt(self._prompt.ids, reference)
         scores = await self._scores([question] * (len(proposals) + 1), [*proposals, present])
-        gaps, zero = scores[:-1], scores[-1:]
-        valid = usable(gaps, proposals)
-        chosen = int(best(valid[None])[0])
-        accepted = improve.accept == "always" or bool(accepts(valid[chosen : chosen + 1], zero, improve.margin)[0])
-        return Step(proposal=proposals[chosen], accepted=accepted, gap=float(gaps[chosen]), zero=float(zero[0]))
+        return choose(improve, proposals, scores[:-1], scores[-1:])[0]
 
     async def _sample(self, kind: Kind, row: PromptRow, iteration: int, count: int, last: bool) -> list[Response]:
         stream = "answers" if kind == "policy" else "improve"

@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import Float
 
 from pit_jax.core.types import Params
-from pit_jax.decode.batches import Response, Scorer
+from pit_jax.decode.batches import Response
 from pit_jax.decode.chunks import Program
 from pit_jax.models.api import ConditionalLM
-from pit_jax.models.heads import ScalarModel
 from pit_jax.stages import answering
 from pit_jax.stages.improve import Improver
 from pit_jax.text.codec import PromptRow
@@ -64,26 +63,17 @@ class Models(Improver):
         self.widths = buckets(SMALLEST_WIDTH, max(self.codec.width("improver"), self.codec.width("gap")))
         self.speakers: dict[Kind, Speaker] = {"improver": Speaker(self._program(self.artifact.lm), self.params())}
         if self.policy is not None:
-            params = self.policy.trunk(self._policy_snapshot, self.mesh, self._bases)
-            self.speakers["policy"] = Speaker(self._program(self.policy.lm), params)
-        self._scorer, self._gap_params = self._load_gap()
+            self.speakers["policy"] = Speaker(self._program(self.policy.lm), self.policy_params())
+        self._scoring = self.scorer(self.row_sizes[-1])
 
     def _program(self, lm: ConditionalLM) -> Program:
         codec = self.codec
         return Program(lm=lm, max_new=codec.lengths.targets, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
 
-    def _load_gap(self) -> tuple[Scorer | None, Params]:
-        if self.gap is None:
-            return None, {}
-        model = self.gap.network
-        assert isinstance(model, ScalarModel)
-        scorer = answering.make_scorer(model, self.codec, "gap", self.row_sizes[-1], self.mesh)
-        return scorer, self.gap.params(None, self.mesh, self._bases)
-
     @property
     def has_gap(self) -> bool:
         """Whether r_gap can be asked for."""
-        return self._scorer is not None
+        return self._scoring is not None
 
     def width(self, rows: Sequence[PromptRow]) -> int:
         """Return the width at which prompt rows are read."""
@@ -94,9 +84,9 @@ class Models(Improver):
 
         A score reads as many tokens as there are, so filler costs what rows cost: several calls are better.
         """
-        assert self._scorer is not None
+        assert self._scoring is not None
+        scorer, params = self._scoring
         called = {size: -(-len(rows) // size) * size for size in self.row_sizes}
         fitting = [size for size in self.row_sizes if called[size] <= MOST_FILLED * len(rows)]
         size = fitting[-1] if fitting else self.row_sizes[0]
-        scorer = dataclasses.replace(self._scorer, batch_size=size, width=self.width(rows))
-        return scorer.score(self._gap_params, rows, answers)
+        return dataclasses.replace(scorer, batch_size=size, width=self.width(rows)).score(params, rows, answers)

@@ -13,7 +13,8 @@ from jaxtyping import Float
 
 from pit_jax.core.errors import invalid
 from pit_jax.evaluation import judges, report
-from pit_jax.evaluation.winrate import Comparison, ResponseSet, compare, interval
+from pit_jax.evaluation.bootstrap import mean_interval
+from pit_jax.evaluation.winrate import Comparison, ResponseSet, compare
 from pit_jax.improve.accept import Improve
 from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
@@ -194,7 +195,7 @@ class Evaluate:
         found: Quality = {}
         for (name, temperature), entry in sets.items():
             scores = jury.scores(entry, jury.names[0])
-            low, high = interval(scores, jury.groups, seed=jury.run.seed, draws=500)
+            low, high = mean_interval(scores, jury.groups, seed=jury.run.seed, draws=500)
             found.setdefault(name, {})[temperature] = (float(np.mean(scores)), low, high)
         return found
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from pit_jax.core.errors import CheckpointError, ConfigError, DataError, PitError
 from pit_jax.core.types import Params
 from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objects, refuse
-from pit_jax.decode.batches import Response, Sampler
+from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.improve.accept import Improve
 from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
@@ -112,14 +112,24 @@ class Improver:
         """Return the improver's parameters."""
         return self.artifact.trunk(self._snapshot, self.mesh, self._bases)
 
-    def judge(self) -> Judge | None:
-        """Return r_gap as a scoring function, None where the run has no gap model."""
+    def policy_params(self) -> Params:
+        """Return the policy's parameters, where the run has one."""
+        assert self.policy is not None
+        return self.policy.trunk(self._policy_snapshot, self.mesh, self._bases)
+
+    def scorer(self, rows: int) -> tuple[Scorer, Params] | None:
+        """Return what scores gap prompts `rows` at a time, with its parameters; None where there is no gap model."""
         if self.gap is None:
             return None
         model = self.gap.network
         assert isinstance(model, ScalarModel)
-        scorer = answering.make_scorer(model, self.codec, "gap", self._rows, self.mesh)
-        return functools.partial(scorer.score, self.gap.params(None, self.mesh, self._bases))
+        scorer = answering.make_scorer(model, self.codec, "gap", rows, self.mesh)
+        return scorer, self.gap.params(None, self.mesh, self._bases)
+
+    def judge(self) -> Judge | None:
+        """Return r_gap as a scoring function, None where the run has no gap model."""
+        found = self.scorer(self._rows)
+        return None if found is None else functools.partial(found[0].score, found[1])
 
     @property
     def _rows(self) -> int:
@@ -142,9 +152,8 @@ class Improver:
             raise DataError(
                 f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
             )
-        params = self.policy.trunk(self._policy_snapshot, self.mesh, self._bases)
         sampler = self.sampler("policy", temperature)
-        return first_answers(functools.partial(sampler.answer, params), self.codec, prompts, seed)
+        return first_answers(functools.partial(sampler.answer, self.policy_params()), self.codec, prompts, seed)
 
 
 def improve_file(request: Request) -> None:

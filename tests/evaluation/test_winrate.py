@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pit_jax.core.errors import ConfigError
-from pit_jax.evaluation import winrate
+from pit_jax.evaluation import bootstrap, winrate
 
 
 def _set(name, n, temperature=1.0):
@@ -38,9 +38,9 @@ def test_interval_covers_the_truth_for_clustered_rows():
     for trial in range(120):
         effect = np.repeat(rng.normal(size=100), 4)
         results = np.sign(effect + 0.3 * rng.normal(size=400))
-        low, high = winrate.interval(results, groups, seed=trial, draws=400)
+        low, high = bootstrap.mean_interval(results, groups, seed=trial, draws=400)
         covered += low <= 0 <= high
-        low, high = winrate.interval(results, [str(i) for i in range(400)], seed=trial, draws=400)
+        low, high = bootstrap.mean_interval(results, [str(i) for i in range(400)], seed=trial, draws=400)
         naive += low <= 0 <= high
     assert 106 <= covered <= 120
     assert naive < covered - 10

@@ -89,6 +89,7 @@ def test_a_number_used_again_by_another_process_is_not_the_holder(tmp_path, othe
     files.write_json(tmp_path / LOCK, content | {"started": str(int(content["started"]) - 1)})
     lock = quick(tmp_path)
     lock.acquire()
+    assert files.read_json(tmp_path / LOCK)["pid"] == os.getpid()
     lock.release()
 
 
@@ -132,6 +133,7 @@ def test_clocks_do_not_count(tmp_path, monkeypatch):
         os.utime(tmp_path / LOCK, (0, 0))
     lock = quick(tmp_path)
     lock.acquire()
+    assert files.read_json(tmp_path / LOCK)["host"] != "far"
     lock.release()
 
 
