@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import pathlib
@@ -9,6 +10,9 @@ import signal
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# Fake devices share few cores. XLA ends the process when one of them is 40 s late, as on a machine that swaps.
+LATE = "--xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_cpu_collective_timeout_seconds=1200"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LATE}".strip()
 
 import jax
 import pytest
@@ -33,8 +37,11 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # placeholders (trees of shapes or shardings), which a run-time check would refuse.
 install_import_hook(["pit_jax.ops", "pit_jax.losses"], "beartype.beartype")
 
+STATUS = pathlib.Path("/proc/self/statm")
 MAPPINGS = pathlib.Path("/proc/self/maps")
 MOST_MAPPINGS = 20_000
+MOST_MEMORY = 2 << 30
+"""Bytes; two processes of tests should run beside each other on a machine of 8 GiB."""
 
 MARKS = {
     "slow": "takes minutes; run with `-m slow`",
@@ -61,15 +68,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forget compiled programs between files before they use up the mappings that the kernel allows a process.
+    """Forget compiled programs between files before they use up memory, or the mappings that a process may have.
 
     Every program on a CPU is mapped memory; at Linux's limit of 65,530 mappings the next one ends the process.
     """
     if nextitem is None or nextitem.path == item.path or not MAPPINGS.exists():
         return
-    if len(MAPPINGS.read_bytes().splitlines()) > MOST_MAPPINGS:
+    resident = int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > MOST_MEMORY or len(MAPPINGS.read_bytes().splitlines()) > MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -63,6 +63,7 @@ def few(directory: pathlib.Path, settings: dict[str, Any] | None = None) -> list
     return ["pipeline", *files, *given]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_what_one_trains(tmp_path: pathlib.Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     finish(start(tmp_path / "one_logs", [few(one)], devices=2))

@@ -31,7 +31,7 @@ SEQUENCE = MeshConfig(data=1, sequence=4)
 BOTH = MeshConfig(data=2, sequence=2)
 
 
-@pytest.mark.parametrize("name", ["rotary", "prefix", "t5", "t5gemma", "t5gemma 2"])
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "prefix", "t5", "t5gemma", "t5gemma 2"], "rotary", "t5"))
 def test_four_parts_of_every_row_equal_one_device(name: str) -> None:
     lm, params, x = MODELS[name], tiny.params(MODELS[name]), forms.packed()
     found = forms.on(SEQUENCE, lm, params, x)
@@ -59,7 +59,7 @@ def decoded(lm: ConditionalLM, params: Params, prompts: Prompts, tokens: jax.Arr
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [("rotary", BOTH), ("rotary", MeshConfig(data=1, tensor=2, sequence=2)), ("windowed", SEQUENCE)]
-    + [("t5", BOTH), ("t5gemma", BOTH), ("t5gemma 2", BOTH)],
+    + [("t5", BOTH), *(pytest.param(name, BOTH, marks=pytest.mark.slow) for name in ("t5gemma", "t5gemma 2"))],
 )
 def test_decoding_with_cut_caches_equals_one_device(name: str, mesh: MeshConfig) -> None:
     lm, params = MODELS[name], tiny.params(MODELS[name])

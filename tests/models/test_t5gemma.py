@@ -62,7 +62,7 @@ ABOUT = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
 def test_neither_padding_nor_packing_changes_anything(name: str) -> None:
     lm, one = MODELS[name], tiny.EXAMPLES
     params, apart = tiny.params(lm), tiny.plain()
@@ -130,7 +130,7 @@ def test_a_token_is_predicted_from_all_before_it_and_nothing_else(name: str) -> 
         assert set(np.flatnonzero(found[t])) == expected, t
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
 def test_windows_reach_as_far_as_they_say(name: str) -> None:
     config = dataclasses.replace(MODELS[name].config, global_every=0, encoder_layers=1, decoder_layers=1)
     lm, (before, after) = T5Gemma(config), config.encoder_window
@@ -153,7 +153,7 @@ def test_bidirectional_sees_the_whole_segment(name: str) -> None:
         assert set(np.flatnonzero(found[t])) == {1: {1, 2, 11, 12}, 2: {4, 21, 22}, 0: {0}}[segment], t
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
 def test_scan_remat_and_chunks_change_nothing(name: str) -> None:
     config, x = dataclasses.replace(MODELS[name].config, dropout=0.2), tiny.plain()
 
@@ -179,7 +179,7 @@ def test_adapters_equal_merged_weights(name: str) -> None:
     assert not np.allclose(expected, tiny.logp(base, plain(params, 0.0), x), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
 def test_four_devices_equal_one(name: str) -> None:
     lm, mesh = MODELS[name], make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     params, x = tiny.params(lm), tiny.plain()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
 from pit_jax.models.api import ConditionalLM
@@ -69,6 +72,11 @@ FAMILIES = ["rotary", "t5"]
 
 # Compiled once per model and shapes, for all tests of a process.
 @functools.partial(jax.jit, static_argnums=0)
+def slow_but(names: Iterable[str], *kept: str) -> list[Any]:
+    """Return the parameters of a test; all but the kept ones, which take the same paths through the code, are slow."""
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def everything(lm: ConditionalLM, params: Params, x: Conditional) -> tuple[TokenScores, Hidden, Hidden]:
     """Return `logprobs`, and `hidden` causal and bidirectional."""
     causal, bidirectional = (lm.hidden(params, x, attention=how) for how in ("causal", "bidirectional"))

@@ -127,6 +127,7 @@ def test_mesh_files_fit_the_devices_they_are_for() -> None:
         assert math.prod(mesh.sizes(devices).values()) == devices
 
 
+@pytest.mark.slow
 def test_demo_t5_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrunk.use_devices(monkeypatch, 1)
     settings = (*shrunk.STEPS, *shrunk.SYNTHETIC, *TINY_ENCODER_DECODER)
@@ -134,6 +135,7 @@ def test_demo_t5_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -
     _check(tmp_path / "run", STAGES["demo_t5"], "exact")
 
 
+@pytest.mark.slow
 def test_hh_small_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrunk.use_devices(monkeypatch, 1)
     data = (

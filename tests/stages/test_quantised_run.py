@@ -28,6 +28,7 @@ def adapted(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return directory
 
 
+@pytest.mark.slow
 def test_every_model_stands_on_one_int8_copy_of_the_base(adapted: pathlib.Path) -> None:
     with small.devices(1):
         run = Run(str(adapted), 0, small.experiment(adapters=ADAPTERS))
@@ -43,6 +44,7 @@ def test_every_model_stands_on_one_int8_copy_of_the_base(adapted: pathlib.Path) 
         np.testing.assert_array_equal(leaf, first[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_no_integers_of_the_base(adapted: pathlib.Path) -> None:
     step = max((adapted / "rl_improver").glob("checkpoint_*"))
     names = json.loads((step / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["tree"]
@@ -51,6 +53,7 @@ def test_checkpoints_hold_no_integers_of_the_base(adapted: pathlib.Path) -> None
     assert all(is_adapter(tuple(name.split("/"))) for name in params)
 
 
+@pytest.mark.slow
 def test_adapters_alone_and_in_floats(adapted: pathlib.Path) -> None:
     alone = Artifact(adapted / "reward_gap")
     floats = Artifact(adapted / "reward_gap", in_floats=True)

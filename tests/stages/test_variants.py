@@ -113,6 +113,7 @@ def test_micro_batches_packing_and_devices_make_the_same_update(
         _assert_close(*params)
 
 
+@pytest.mark.slow
 def test_rl_on_four_devices_takes_the_same_first_step(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     # Three contexts do not divide over four devices; neither do the rollout's rows.
     rounds = (Round(name="only", steps=1, references=("policy",)),)
