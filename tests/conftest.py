@@ -11,8 +11,13 @@ import signal
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Fake devices share few cores. XLA ends the process when one of them is 40 s late, as on a machine that swaps.
-LATE = "--xla_cpu_collective_call_terminate_timeout_seconds=1200 --xla_cpu_collective_timeout_seconds=1200"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LATE}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+        "--xla_cpu_collective_timeout_seconds=300",
+    ]
+).strip()
 
 import jax
 import pytest

@@ -57,9 +57,15 @@ recipes that come with pit_jax
 _IMPROVE_EXAMPLE = """\
 DIR is a run (its improver is used) or one stage of it. Each line of the input has `prompt` and `response`, the draft;
 without drafts the run's policy writes them. Each line of the output has the improved response and how it came about.
+Without --input prompts are typed, which shows what changes word by word, or piped, a line each.
 
-example
+Rows are written as they come. --output=FILE collects them in FILE.part until all are there; the same command goes on
+from there after an interruption.
+
+examples
+  pit-jax improve --checkpoint=runs/demo
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl --iterations=2
+  cat prompts.txt | pit-jax improve --checkpoint=runs/demo --candidates=4 | jq -r .improved
 """
 
 _ANNOTATE_EXAMPLE = """\
@@ -117,7 +123,20 @@ _STAGE_VERBS = {
     "sft": ("supervised fine-tuning of the policy or the improver", ("policy", "improver")),
     "reward": ("train a reward model: Bradley-Terry or the gap between two answers", ("bt", "gap")),
     "rl": ("reinforcement learning of the policy, or of the improver over its curriculum", ("policy", "improver")),
+    "dpo": ("direct preference optimisation of the policy: no reward model", ()),
+    "srt-data": ("SRT: responses of the base model, criticised and refined by a critic", ()),
+    "srt": ("SRT: tune a model on responses, feedback and refinements", ()),
+    "srt-pairs": ("SRT: pairs for DPO, by the tuned model's own scores", ()),
     "evaluate": ("compare the run's models on held-out prompts and write the report", ()),
+    "study": ("compare systems with a study's question, judges and report", ()),
+    "study-gap": ("compare gap models trained on different terms of their loss on held-out records", ()),
+    "study-references": ("compare the gap model with the judge on references that models wrote", ()),
+}
+_EXAMPLE_RECIPES = {
+    "lm": "recipes/hh_small.gin",
+    "study": "studies/main_table.gin",
+    "study-gap": "studies/gap_loss.gin",
+    "study-references": "studies/reward_on_references.gin",
 }
 
 
@@ -165,13 +184,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_hosts(pipeline)
     for name, (summary, roles) in _STAGE_VERBS.items():
         more = f" --role={roles[-1]}" if roles else ""
-        recipe = "recipes/hh_small.gin" if name == "lm" else "recipes/demo.gin"
+        recipe = _EXAMPLE_RECIPES.get(name, "recipes/demo.gin")
         stage = verb(name, summary, f"{_STAGES}stage", _gin_epilog(name, more, recipe))
         _add_gin(stage)
         _add_hosts(stage)
         stage.set_defaults(role=None)
         if roles:
             stage.add_argument("--role", choices=roles, help="which stage of this kind the recipe should run")
+        stage.add_argument("--stage", metavar="NAME", help="the same by its name, where there are several of a role")
     _add_improve(verb)
     serve.add_flags(
         verb("serve", "answer clients of OpenAI's API with an improver", "pit_jax.cli.serve:serve", serve.EPILOG)
@@ -235,13 +255,17 @@ def _add_hosts(parser: argparse.ArgumentParser, *, joins: bool = True) -> None:
 
 
 def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
-    parser = verb("improve", "improve the answers of a JSON Lines file", f"{_STAGES}improve", _IMPROVE_EXAMPLE)
+    parser = verb("improve", "improve answers: of a file, piped, or typed", f"{_STAGES}improve", _IMPROVE_EXAMPLE)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run, or a stage of one")
     parser.add_argument(
-        "--input", required=True, metavar="FILE",
-        help="lines with `prompt` and, unless the run's policy is to write it, `response`",
+        "--input", metavar="FILE",
+        help="lines with `prompt` and, unless the run's policy is to write it, `response` (default: standard input, "
+        "a prompt a line)",
     )  # fmt: skip
-    parser.add_argument("--output", metavar="FILE", help="where the result goes (default: standard output)")
+    parser.add_argument("--output", metavar="FILE", help="where the rows go (default: standard output)")
+    parser.add_argument(
+        "--chat", action="store_true", help="a prompt that is a text is a user's message, not a whole prompt"
+    )
     parser.add_argument(
         "--on-bad-record", choices=("fail", "skip"), default="fail", help="stop at a bad line (default), or skip it"
     )
@@ -251,6 +275,13 @@ def _add_improve(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
         "--accept", choices=("gap", "always"), default="gap",
         help="keep a candidate only if the gap model prefers it (default), or always",
     )  # fmt: skip
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="by which the gap must rise with --accept=gap (default: 0)",
+    )
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same answers (default: 0)")
     _add_hosts(parser)

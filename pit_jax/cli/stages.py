@@ -63,49 +63,57 @@ def pipeline(args: argparse.Namespace) -> None:
 
 
 def stage(args: argparse.Namespace) -> None:
-    """`pit-jax lm | sft | reward | rl | evaluate`: run the one stage of that kind and role."""
+    """`pit-jax lm | sft | reward | rl | dpo | evaluate ...`: run the one stage of that kind and role."""
     recipe, text = build_recipe(args)
-    name = select_stage(recipe, args.verb, args.role)
+    name = select_stage(recipe, args.verb, args.role, args.stage)
     if args.print_config:
         print(text)
         return
     _run(recipe, text, [name])
 
 
-def select_stage(recipe: Recipe, verb: str, role: str | None) -> str:
-    """Return the name of the recipe's stage of kind `verb` and, if given, role `role`.
+def select_stage(recipe: Recipe, verb: str, role: str | None, name: str | None = None) -> str:
+    """Return the name of the recipe's stage of kind `verb` and, if given, of that role and name.
 
     Raises:
       ConfigError: there is none, or there are several; what the recipe has is listed.
     """
-    found = [s for s in recipe.stages if s.verb == verb and role in (None, s.role)]
+    found = [s for s in recipe.stages if s.verb == verb and role in (None, s.role) and name in (None, s.name)]
     if len(found) == 1:
         return found[0].name
-    wanted = f"{verb} --role={role}" if role else verb
+    flags = [f"--{flag}={value}" for flag, value in (("role", role), ("stage", name)) if value]
+    wanted = " ".join([verb, *flags])
     if found:
-        roles = " or ".join(f"--role={s.role}" for s in found)
-        raise ConfigError(f"The recipe has {len(found)} stages for {wanted!r}. Choose one with {roles}.")
+        choices = [f"--role={s.role}" for s in found]
+        if len(set(choices)) < len(found):
+            choices = [f"--stage={s.name}" for s in found]
+        raise ConfigError(f"The recipe has {len(found)} stages for {wanted!r}. Choose one with {' or '.join(choices)}.")
     listed = "; ".join(f"{s.name} ({s.verb}{f' --role={s.role}' if s.role else ''})" for s in recipe.stages)
     raise ConfigError(f"The recipe has no stage for {wanted!r}. It has: {listed or 'no stages at all'}.")
 
 
 def improve(args: argparse.Namespace) -> None:
-    """`pit-jax improve`: improve the answers of a file with a trained improver."""
+    """`pit-jax improve`: improve answers of a file, or to prompts that are typed or piped."""
     from pit_jax.stages.improve import Request, improve_file
+    from pit_jax.stages.improve_typed import improve_typed
 
-    improve_file(
-        Request(
-            checkpoint=args.checkpoint,
-            input=args.input,
-            output=args.output,
-            iterations=args.iterations,
-            candidates=args.candidates,
-            accept=args.accept,
-            temperature=args.temperature,
-            seed=args.seed,
-            on_bad_record=args.on_bad_record,
-        )
+    request = Request(
+        checkpoint=args.checkpoint,
+        input=args.input,
+        output=args.output,
+        iterations=args.iterations,
+        candidates=args.candidates,
+        accept=args.accept,
+        margin=args.margin,
+        temperature=args.temperature,
+        seed=args.seed,
+        on_bad_record=args.on_bad_record,
+        chat=args.chat,
     )
+    if request.input is None:
+        improve_typed(request)
+    else:
+        improve_file(request)
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -133,19 +141,17 @@ def convert(args: argparse.Namespace) -> None:
 def _run(recipe: Recipe, text: str, names: list[str] | None) -> None:
     """Run stages, and leave the configuration beside what they make, in MODEL_DIR/config.gin.
 
-    A directory that holds a run already is the recipe's to accept or refuse, so there the file is brought up
-    to date only after the stages have run.
+    A directory that holds a run already is the recipe's to accept or refuse: the file is written once it has accepted.
     """
     from etils import epath
 
     from pit_jax.sharding import processes
 
-    directory = epath.Path(recipe.model_dir)
-    if processes.is_first() and not directory.exists():
-        _record(directory / "config.gin", text)
-    recipe.run(names)
-    if processes.is_first():
-        _record(directory / "config.gin", text)
+    def record() -> None:
+        if processes.is_first():
+            _record(epath.Path(recipe.model_dir) / "config.gin", text)
+
+    recipe.run(names, claimed=record)
 
 
 def _record(path: epath.Path, text: str) -> None:

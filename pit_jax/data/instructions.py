@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -287,3 +289,76 @@ def quality(prompt: str, response: str) -> float:
 def faults(prompt: str, response: str) -> list[str]:
     """The broken constraints in words, e.g. ``["headline: opens with oak, not inn"]``."""
     return [f"{kind}: {what}" for kind, (score, what) in _judge_text(prompt, response).items() if score < 1.0]
+
+
+# --- The critic ------------------------------------------------------------------------------------------------------
+
+NOTHING = "no"
+
+
+def rating(prompt: str, response: str) -> int:
+    """Return the quality as a critic's score: 1 for none of the constraints, 10 if and only if all are met."""
+    # Rounded down, so that no fault is too small to cost a point.
+    return 1 + math.floor(9.0 * quality(prompt, response) + 1e-9)
+
+
+def critique(prompt: str, response: str) -> str:
+    """Return weaknesses, suggestions, score and an improved response, in the set's own words.
+
+    Each broken constraint is named by the word of the prompt that asks for it (legs, which none asks for, by `via`),
+    followed by what is wrong and by what would be right:
+
+        ### Weaknesses                  goal inn via inn bring rope
+        ### Suggestions                 goal pond via farm bring lamp
+        Overall Score: [[5]]
+        ### Improved Response           pond via farm mill tower pond with lamp thanks
+
+    The improved response is perfect and keeps what was right; where nothing is wrong both parts are `no`.
+
+    Raises:
+      ValueError: the generator cannot have written the prompt.
+    """
+    task = parse_prompt(prompt)
+    reply = read_reply(task, response)
+    better = _mended(task, reply)
+    broken = [kind for kind, (score, _) in judge(task, reply, response.split()).items() if score < 1.0]
+    named = [_advice(kind, task, reply, better) for kind in broken]
+    weaknesses, suggestions = (" ".join(words[side] for words in named) or NOTHING for side in (0, 1))
+    return (
+        f"### Weaknesses\n{weaknesses}\n### Suggestions\n{suggestions}\n"
+        f"Overall Score: [[{rating(prompt, response)}]]\n### Improved Response\n{write_reply(task, better)}"
+    )
+
+
+def _mended(task: Task, reply: Reply) -> Reply:
+    """Return a perfect reply with as much of the given one in it as can stay."""
+    perfect = solve(task)
+    if task.family != "list":
+        return perfect
+    right = [word for word in dict.fromkeys((*reply.body, *perfect.body)) if word not in task.include + task.avoid]
+    body = tuple(sorted((*task.include, *right[: task.count - len(task.include)])))
+    return dataclasses.replace(perfect, body=body)
+
+
+def _advice(kind: str, task: Task, reply: Reply, better: Reply) -> tuple[str, str]:
+    """Return what is wrong with a constraint and what would be right, each after the word that asks for it."""
+    lead = {"route": "from", "sort": "sort", "list": "colors"}[task.family]
+    if kind == "headline":
+        name, wrong, right = "goal" if task.family == "route" else "middle", [reply.headline], [better.headline]
+    elif kind == "legs":
+        at = next(i for i, stop in enumerate(better.body) if reply.body[i : i + 1] != (stop,))
+        name, wrong, right = "via", list(reply.body[at : at + 1]), [better.body[at]]
+    elif kind == "include" and task.family == "route":
+        name, wrong, right = "bring", list(reply.items), list(task.include)
+    elif kind == "include":
+        missing = [word for word in task.include or task.given if word not in reply.body]
+        name, wrong, right = "with", [], missing
+    elif kind == "avoid":
+        name, wrong, right = "no", list(task.avoid), []
+    elif kind == "end":
+        name, wrong, right = "end", [reply.closer], [task.closer]
+    elif kind == "count":
+        name, wrong, right = "by" if task.family == "route" else lead, [], []
+    else:  # order and form: the right words in their places are the improved response
+        name, wrong, right = lead, [], []
+    return " ".join([name, *filter(None, wrong)]), " ".join([name, *filter(None, right)])

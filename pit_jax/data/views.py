@@ -3,7 +3,7 @@
     view                                  example                      fold
     sft_policy                            {inputs, targets}            sft     x -> y_w
     sft_improver                          {inputs, reference, targets} sft     (x, y_l) -> y_w
-    reward_bt, reward_gap                 {prompt, chosen, rejected}   rm
+    reward_bt, reward_gap                 {prompt, chosen, rejected}   rm      DPO reads reward_bt
     rl                                    {prompt, chosen, rejected}   rl
     evaluate                              {prompt, chosen, rejected}   all of a split
     lm                                    {inputs, targets}            all of a split; of documents

@@ -2,81 +2,126 @@
 
 from __future__ import annotations
 
-import difflib
-import html
+import base64
+import hashlib
+import re
+import struct
 from collections.abc import Mapping, Sequence
+from html import escape
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --add: #2e8b5733; --cut: #d1495b33; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-size: .88rem;
-  font-variant-numeric: tabular-nums; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-figure { display: inline-block; margin: 1rem 1rem 0 0; vertical-align: top; max-width: 100%; }
-img { max-width: 100%; background: white; border: 1px solid var(--line); }
-figcaption { font-size: .85rem; max-width: 44rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; }
-dt { font-weight: 600; } dd { margin: 0; }
-.card { border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: .7rem 0;
-  white-space: pre-wrap; }
-.card b { font-weight: 600; } ins { background: var(--add); text-decoration: none; } del { background: var(--cut); }
-.win { border-left: 4px solid #2e8b57; } .lose { border-left: 4px solid #d1495b; } .tie { border-left: 4px solid #999; }
-label { margin-right: 1rem; }
-body:has(#show-win:not(:checked)) .card.win, body:has(#show-lose:not(:checked)) .card.lose,
-body:has(#show-tie:not(:checked)) .card.tie { display: none; }
-"""
+from pit_jax.evaluation.page_assets import SCRIPT, STYLE
+
+_WIDE = 1000
+"""Pixels from which a picture has the page's width to itself."""
+_NUMBER = re.compile(r"[+\-–\d].*|")
 
 
 def document(title: str, body: str) -> str:
-    """Return a whole page."""
-    safe = html.escape(title)
+    """Return a whole page; its content-security policy lets nothing run or load but its own script, style and pictures.
+
+    Args:
+      title: of the page, as text.
+      body: HTML.
+    """
+    safe = escape(title)
+    policy = (
+        f"default-src 'none'; img-src data:; script-src '{_digest(SCRIPT)}'; style-src '{_digest(STYLE)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{safe}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body><h1>{safe}</h1>{body}</body></html>\n"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{STYLE}</style></head><body><h1>{safe}</h1>{body}<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _digest(text: str) -> str:
+    """Return the hash by which a content-security policy allows an inline block."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+def anchor(title: str) -> str:
+    """Return the name by which a link finds a section."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
+
+
+def contents(titles: Sequence[str]) -> str:
+    """Return links to the sections with these titles."""
+    links = "".join(f'<a href="#{anchor(title)}">{escape(title)}</a> ' for title in titles)
+    return f'<nav aria-label="Contents">{links}</nav>'
 
 
 def section(title: str, body: str) -> str:
     """Return a titled section; `body` is HTML."""
-    return f"<section><h2>{html.escape(title)}</h2>{body}</section>"
+    return f'<section id="{anchor(title)}"><h2>{escape(title)}</h2>{body}</section>'
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table; cells are text."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "", note: str = "") -> str:
+    """Return a table that scrolls sideways where it is wider than the page, by keyboard too.
 
-
-def definition_list(facts: Mapping[str, str]) -> str:
-    """Return name-value pairs."""
-    items = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    return f"<dl>{items}</dl>"
-
-
-def filters(outcomes: Sequence[str]) -> str:
-    """Return check boxes that show or hide cards by outcome (pure CSS)."""
-    return "".join(f'<label><input type="checkbox" id="show-{name}" checked> {name}</label>' for name in outcomes)
-
-
-def side_by_side(prompt: str, original: tuple[str, float], improved: tuple[str, float], outcome: str) -> str:
-    """Return a card with both responses and their word-by-word difference marked."""
-    before, after = difference(original[0], improved[0])
+    Args:
+      header: of the columns, as text.
+      rows: cells as text. A column of numbers is set to the right.
+      caption: shown above the table, as text.
+      note: shown below it, as HTML.
+    """
+    kinds = [' class="n"' if all(_NUMBER.fullmatch(row[i]) for row in rows) else "" for i in range(len(header))]
+    head = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell, kind in zip(header, kinds, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    label = escape(caption or "Table: " + ", ".join(header))
+    below = f'<p class="note">{note}</p>' if note else ""
     return (
-        f'<div class="card {outcome}"><b>{html.escape(prompt.strip())}</b>\n'
-        f"original ({original[1]:.2f}): {before}\nimproved ({improved[1]:.2f}, {outcome}): {after}</div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>{above}'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{below}"
     )
 
 
-def difference(old: str, new: str) -> tuple[str, str]:
-    """Return both texts as HTML with words only in the old one struck out and words only in the new one marked."""
-    left, right = old.split(), new.split()
-    before, after = [], []
-    for kind, i, j, k, m in difflib.SequenceMatcher(a=left, b=right, autojunk=False).get_opcodes():
-        cut, put = html.escape(" ".join(left[i:j])), html.escape(" ".join(right[k:m]))
-        before.append(cut if kind == "equal" else f"<del>{cut}</del>" if cut else "")
-        after.append(put if kind == "equal" else f"<ins>{put}</ins>" if put else "")
-    return " ".join(filter(None, before)), " ".join(filter(None, after))
+def definition_list(facts: Mapping[str, str]) -> str:
+    """Return name-value pairs; `code` in back-quotes in the values."""
+    return (
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{prose(value)}</dd>" for name, value in facts.items()) + "</dl>"
+    )
+
+
+def bullets(items: Sequence[str]) -> str:
+    """Return a list of sentences, with `code` in back-quotes."""
+    return "<ul>" + "".join(f"<li>{prose(item)}</li>" for item in items) + "</ul>"
+
+
+def prose(text: str) -> str:
+    """Return text as HTML, in which `code` in back-quotes is code."""
+    parts = re.split(r"`([^`]+)`", text)
+    return "".join(f"<code>{escape(part)}</code>" if index % 2 else escape(part) for index, part in enumerate(parts))
+
+
+def figure(png: bytes, caption: str) -> str:
+    """Return a picture with its caption."""
+    data = base64.b64encode(png).decode("ascii")
+    # The header of a PNG file says how large it is; a page that knows does not jump while it is read.
+    width, height = struct.unpack(">II", png[16:24])
+    wide = ' class="wide"' if width > _WIDE else ""
+    return (
+        f'<figure{wide}><img alt="{escape(caption)}" width="{width}" height="{height}" '
+        f'src="data:image/png;base64,{data}">'
+        f"<figcaption>{prose(caption)}</figcaption></figure>"
+    )
+
+
+def folded(title: str, body: str) -> str:
+    """Return HTML that opens on a click."""
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def copyable(parts: Mapping[str, str]) -> str:
+    """Return texts that open on a click, the first open, by their titles, each with a button that copies it."""
+    return "".join(
+        f'<details{" open" if index == 0 else ""}><summary>{escape(name)}</summary><div class="copyable">'
+        f'<button type="button" class="copy" hidden>Copy</button>'
+        f'<pre tabindex="0" aria-label="{escape(name)}">{escape(text)}</pre></div></details>'
+        for index, (name, text) in enumerate(parts.items())
+    )

@@ -11,6 +11,9 @@ from jaxtyping import Float
 from pit_jax.core.errors import invalid
 from pit_jax.evaluation.bootstrap import mean_interval
 
+MARGIN = 1e-9
+"""Differences of scores up to this size are ties: equal but for rounding."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -63,7 +66,7 @@ def compare(
     groups: Sequence[str],
     judge: str,
     seed: int,
-    margin: float = 1e-9,
+    margin: float = MARGIN,
 ) -> Comparison:
     """Return the win / lose / tie / Delta row of two response sets from a judge's scores of both.
 

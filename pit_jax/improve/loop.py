@@ -65,9 +65,14 @@ def sample_keys(seed: int, stream: str, iteration: int, prompts: Sequence[int], 
     return fold(per_prompt, jnp.arange(candidates)).reshape(-1)
 
 
-def first_answers(policy: Answerer, codec: Codec, prompts: Sequence[Sequence[int]], seed: int) -> list[Response]:
-    """Return y_0 ~ M_P(. | x) for every prompt (raw ids): the Original that improvement starts from."""
-    keys = sample_keys(seed, "answers", 0, range(len(prompts)), 1)
+def first_answers(
+    policy: Answerer, codec: Codec, prompts: Sequence[Sequence[int]], seed: int, sample: int = 0
+) -> list[Response]:
+    """Return y_0 ~ M_P(. | x) for every prompt (raw ids): the Original that improvement starts from.
+
+    `sample` 1, 2, ... are further samples: those that `baselines.best_of_n` chooses from.
+    """
+    keys = sample_keys(seed, "answers", 0, range(len(prompts)), sample + 1)[sample :: sample + 1]
     return policy([codec.policy_prompt(prompt) for prompt in prompts], keys)
 
 
@@ -79,6 +84,7 @@ def improve(
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Response],
     seed: int,
+    start: int = 0,
 ) -> list[Trajectory]:
     """Improve the answers to many prompts; rows that the accept rule stopped are not sampled again.
 
@@ -94,6 +100,7 @@ def improve(
       prompts: raw ids of x.
       answers: y_0, one for each prompt.
       seed: of all samples.
+      start: number of the first prompt, where these are a portion of more.
 
     Raises:
       ConfigError: there is no gap model where the settings need one.
@@ -109,7 +116,7 @@ def improve(
             break
         present = [trajectories[number].final for number in active]
         contexts = [(prompts[number], as_reference(codec, y)) for number, y in zip(active, present, strict=True)]
-        keys = sample_keys(seed, "improve", iteration, active, config.candidates)
+        keys = sample_keys(seed, "improve", iteration, [start + number for number in active], config.candidates)
         rows = [codec.improver_prompt(*context) for context in contexts for _ in range(config.candidates)]
         steps = _score_and_choose(config, gap, codec, contexts, present, improver(rows, keys))
         for number, step in zip(active, steps, strict=True):

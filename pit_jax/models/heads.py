@@ -93,11 +93,13 @@ class ScalarModel(_WithHead):
     def scores(self, params: Params, x: Conditional, count: int, key: jax.Array | None = None) -> Float[Array, "B M"]:
         """Return the score of each segment 1..count of each row, the bias alone where there is no such segment."""
         hidden = self.lm.hidden(params["trunk"], x, key, attention=self.attention)
+        # Losses compare scores, so none determines b. Training it would add up rounding errors: another b on each mesh.
+        bias = jax.lax.stop_gradient(params["head"]["bias"])
         # A mean of products is the product of the mean, and this way nothing of size [B, M, D] exists.
         response = _project(params["head"], hidden.response)
         if self.readout == "last":
             weights = _is_last(x.response_segments).astype(jnp.float32)
-            return segment.means(response, x.response_segments, weights, count) + params["head"]["bias"]
+            return segment.means(response, x.response_segments, weights, count) + bias
         prompt = _project(params["head"], hidden.prompt)
         ones, reference = jnp.ones(x.response.shape, jnp.float32), x.prompt_reference.astype(jnp.float32)
         if self.readout == "mean":
@@ -109,7 +111,7 @@ class ScalarModel(_WithHead):
         else:
             score = segment.means(response, x.response_segments, ones, count)
             score = score - segment.means(prompt, x.prompt_segments, reference, count)
-        return score + params["head"]["bias"]
+        return score + bias
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,21 @@ def counts(segments: Int[Array, "B L"], count: int) -> Int[Array, "B M"]:
     return jnp.sum(_membership(segments, count), axis=1, dtype=jnp.int32)
 
 
+def sums(values: Float[Array, "B L"], segments: Int[Array, "B L"], count: int) -> Float[Array, "B M"]:
+    """Return the sum of the values of each segment 1..count, in float32; padding does not count, whatever it holds.
+
+        out[b, m] = sum_l [segments[b, l] = m + 1] values[b, l]
+
+    Args:
+      values: `[B, L]`, such as log-probabilities of tokens.
+      segments: `[B, L]`, 0 at padding.
+      count: M, static.
+    """
+    used = jnp.where(segments != 0, values.astype(jnp.float32), 0.0)
+    member = _membership(segments, count).astype(jnp.float32)
+    return jnp.einsum("blm,bl->bm", member, used, precision=jax.lax.Precision.HIGHEST)
+
+
 def means(
     values: Float[Array, "B L *R"],
     segments: Int[Array, "B L"],

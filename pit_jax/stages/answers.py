@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from etils import epath
@@ -13,6 +14,7 @@ from jaxtyping import Float
 
 from pit_jax.decode.batches import Response
 from pit_jax.decode.sampling import Sampling
+from pit_jax.evaluation.report_parts import Dropped
 from pit_jax.evaluation.winrate import ResponseSet
 from pit_jax.improve.accept import Improve
 from pit_jax.improve.baselines import best_of_n
@@ -20,7 +22,11 @@ from pit_jax.improve.loop import Judge, first_answers, improve
 from pit_jax.io import files
 from pit_jax.sharding import processes
 from pit_jax.stages import answering, together
-from pit_jax.stages.run import Run
+from pit_jax.stages.run import HeldOut, Run
+from pit_jax.text.codec import Codec
+
+LEFT_OUT = ".left_out.json"
+"""End of the names of files that say what a system could not use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,68 +47,110 @@ class Answered:
         )
 
 
+def iterated(name: str, iterations: int) -> list[str]:
+    """Return the names of the response sets after 1, 2, ... steps: NAME, NAME_iter2, ..."""
+    return [name if k == 1 else f"{name}_iter{k}" for k in range(1, iterations + 1)]
+
+
+def response_of(codec: Codec, text: str) -> Response:
+    """Return a text as a response: finished, or cut at the longest that the codec has room for."""
+    ids, room = codec.tokenizer.encode(text), codec.lengths.targets
+    return Response(tuple(ids[:room]), finished=len(ids) < room)  # a finished one has EOS as well
+
+
 class Answers:
     """Answers held-out prompts with the run's models, one file for each response set."""
 
-    def __init__(self, run: Run, directory: epath.Path, prompts: Sequence[tuple[int, ...]], batch_size: int) -> None:
-        self.run, self.prompts = run, prompts
-        self._directory, self._batch_size = directory, batch_size
+    def __init__(self, run: Run, directory: epath.Path, prompts: Sequence[HeldOut], batch_size: int) -> None:
+        self.run, self.prompts, self.batch_size = run, prompts, batch_size
+        self._ids = [prompt.ids for prompt in prompts]
+        self._directory = directory
 
-    def originals(self, name: str, policy: str, temperature: float) -> Answered:
-        """Return one sample of a policy for each prompt."""
+    def originals(self, name: str, policy: str, temperature: float, sample: int = 0) -> Answered:
+        """Return one sample of a policy for each prompt: the first, or a further one."""
 
-        def make() -> list[Response]:
-            sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self._batch_size)
+        def make() -> list[list[Response]]:
+            sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self.batch_size)
             answerer = functools.partial(sampler.answer, self.run.language_model(policy, "policy"))
-            return first_answers(answerer, self.run.codec, self.prompts, self.run.seed)
+            return [first_answers(answerer, self.run.codec, self._ids, self.run.seed, sample)]
 
-        return self._kept(name, temperature, make)
+        return self.kept([name], temperature, make)[0]
 
     def best_of(self, name: str, policy: str, reward: str, temperature: float, n: int) -> Answered:
         """Return the best of n samples by R_P for each prompt; sample 0 is that of `originals`."""
 
-        def make() -> list[Response]:
-            sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self._batch_size)
+        def make() -> list[list[Response]]:
+            sampler = answering.sampler(self.run, "policy", Sampling(temperature=temperature), self.batch_size)
             answerer = functools.partial(sampler.answer, self.run.language_model(policy, "policy"))
             judge = self.judge(reward, "policy")
-            best = best_of_n(answerer, judge, self.run.codec, self.prompts, n, self.run.seed)
-            return [entry.answer for entry in best]
+            best = best_of_n(answerer, judge, self.run.codec, self._ids, n, self.run.seed)
+            return [[entry.answer for entry in best]]
 
-        return self._kept(name, temperature, make)
+        return self.kept([name], temperature, make)[0]
 
     def improved(self, name: str, improver: str, gap: str, config: Improve, original: Answered) -> list[Answered]:
         """Return the answers after 1, 2, ... `config.iterations` improvement steps: NAME, NAME_iter2, ..."""
-        names = [name if k == 1 else f"{name}_iter{k}" for k in range(1, config.iterations + 1)]
         temperature = original.temperature
-        if not self._are_there(names, temperature):
-            sampler = answering.sampler(self.run, "improver", Sampling(temperature=temperature), self._batch_size)
+
+        def make() -> list[list[Response]]:
+            sampler = answering.sampler(self.run, "improver", Sampling(temperature=temperature), self.batch_size)
             trajectories = improve(
                 config,
                 functools.partial(sampler.answer, self.run.language_model(improver, "improver")),
                 self.judge(gap, "gap"),
                 self.run.codec,
-                self.prompts,
+                self._ids,
                 original.responses,
                 self.run.seed,
             )
-            for k, each in enumerate(names, start=1):
-                self._write(each, temperature, [trajectory.answer(k) for trajectory in trajectories])
-        return [self._read(each, temperature) for each in names]
+            return [[trajectory.answer(k) for trajectory in trajectories] for k in range(1, config.iterations + 1)]
+
+        return self.kept(iterated(name, config.iterations), temperature, make)
+
+    def replies(self, name: str, which: Literal["chosen", "rejected"], temperature: float) -> Answered:
+        """Return the replies of the data: y_w or y_l of the record each prompt was found in; too long ones are cut."""
+
+        def make() -> list[list[Response]]:
+            texts = [prompt.chosen if which == "chosen" else prompt.rejected for prompt in self.prompts]
+            return [[response_of(self.run.codec, text) for text in texts]]
+
+        return self.kept([name], temperature, make)[0]
 
     def judge(self, reward: str, kind: str) -> Judge:
         """Return the scoring function of a reward stage for policy or gap prompts."""
-        scorer = answering.scorer(self.run, reward, "gap" if kind == "gap" else "policy", self._batch_size)
+        scorer = answering.scorer(self.run, reward, "gap" if kind == "gap" else "policy", self.batch_size)
         return functools.partial(scorer.score, self.run.params(reward))
 
     def rewards(self, judge: Judge, answered: Answered) -> Float[np.ndarray, " n"]:
         """Return R_P of every response."""
-        rows = [self.run.codec.policy_prompt(prompt) for prompt in self.prompts]
+        rows = [self.run.codec.policy_prompt(prompt) for prompt in self._ids]
         return np.asarray(judge(rows, answered.responses), np.float64)
 
-    def _kept(self, name: str, temperature: float, make: Callable[[], list[Response]]) -> Answered:
-        if not self._are_there([name], temperature):
-            self._write(name, temperature, make())
-        return self._read(name, temperature)
+    def kept(
+        self, names: Sequence[str], temperature: float, make: Callable[[], list[list[Response]]]
+    ) -> list[Answered]:
+        """Return response sets from their files, which are written first where they are not there.
+
+        Args:
+          names: of the sets.
+          temperature: of sampling; also part of the files' names.
+          make: returns them, one response to each prompt in each set. All processes call it.
+        """
+        if not self._are_there(names, temperature):
+            for name, responses in zip(names, make(), strict=True):
+                self._write(name, temperature, responses)
+        return [self._read(name, temperature) for name in names]
+
+    def leave_out(self, name: str, temperature: float, found: Sequence[Dropped]) -> None:
+        """Keep what a system could not use, beside its responses; for reports, also those of a later run."""
+        path = self._directory / f"{name}_T{temperature:g}{LEFT_OUT}"
+        rows = [dataclasses.asdict(entry) for entry in found]
+        together.write(f"what {name} left out", lambda: files.write_json(path, rows), path)
+
+    def left_out(self) -> list[Dropped]:
+        """Return what systems could not use, at all temperatures."""
+        paths = sorted(self._directory.glob(f"*{LEFT_OUT}"))
+        return [Dropped(**row) for path in paths for row in files.read_json(path)]
 
     def _are_there(self, names: Sequence[str], temperature: float) -> bool:
         """Return whether all of these sets were made before; what process 0 sees counts, for all must do the same."""
@@ -113,10 +161,12 @@ class Answers:
         return self._directory / f"{name}_T{temperature:g}.jsonl"
 
     def _write(self, name: str, temperature: float, responses: Sequence[Response]) -> None:
-        text = self.run.codec.text
+        codec = self.run.codec
+        # Of a prompt all is shown: chat templates end turns by EOS, where the text of a response would stop.
+        prompts = [codec.tokenizer.decode(prompt) for prompt in self._ids]
         lines = [
-            json.dumps({"prompt": text(prompt), "response": text(r.ids), "ids": list(r.ids), "finished": r.finished})
-            for prompt, r in zip(self.prompts, responses, strict=True)
+            json.dumps({"prompt": prompt, "response": codec.text(r.ids), "ids": list(r.ids), "finished": r.finished})
+            for prompt, r in zip(prompts, responses, strict=True)
         ]
         path = self._path(name, temperature)
         together.write(f"responses of {name}", lambda: files.write_text(path, "\n".join(lines) + "\n"), path)

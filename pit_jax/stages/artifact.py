@@ -64,6 +64,8 @@ def _order(run: epath.Path) -> list[str]:
 
 HARMLESS = frozenset(
     {"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep", "keep_best"}
+    # How patiently an endpoint is asked and what it may cost (evaluation/endpoint_config.py), not what it is asked.
+    | {"limits", "budget", "key_env"}
 )
 """Settings that change what is written or where it is computed, not what is trained: a run goes on without them."""
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from etils import epath
-from jaxtyping import Float
 
 from pit_jax.core.errors import invalid
-from pit_jax.evaluation import judges, report
+from pit_jax.evaluation import report
 from pit_jax.evaluation.bootstrap import mean_interval
-from pit_jax.evaluation.winrate import Comparison, ResponseSet, compare
+from pit_jax.evaluation.winrate import Comparison
 from pit_jax.improve.accept import Improve
 from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
-from pit_jax.stages.artifact import RESPONSES, split_reference
+from pit_jax.stages.artifact import RESPONSES
+from pit_jax.stages.jury import Bench, ByGap, Jury, check_bench
 from pit_jax.stages.reporting import write_report
-from pit_jax.stages.run import HeldOut, Run
+from pit_jax.stages.run import Run
+from pit_jax.stages.systems import ORIGINAL, BestOf, Improved, Sampled, System, answer_all, check_systems
 
 _LOG = logging.getLogger(__name__)
 Quality = dict[str, dict[float, tuple[float, float, float]]]
@@ -36,8 +36,10 @@ class Evaluate:
     iterations: improvement steps at the first temperature. best_of: n of best-of-n by R_P.
     improvers: name -> checkpoint of other improvers (SFT only, one stage only), one step each.
     policies: name -> checkpoint of other policies (SFT, trained longer).
+    others: further systems, such as Self-Refine and SRT; those that begin with the Original's answers are rivals too.
     policy_curve: RLHF steps -> checkpoint: the improvement of policies stopped there.
     original_steps: RLHF steps of the Original, for the report. margin: of the accept rule.
+    bench: judges besides the exact one and R_P. judge_by_gap: let R_PIT judge PIT against the Original as well.
     """
 
     verb: ClassVar[str] = "evaluate"
@@ -52,10 +54,13 @@ class Evaluate:
     best_of: tuple[int, ...] = (2,)
     improvers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     policies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[System, ...] = ()
     policy_curve: Mapping[int, str] = dataclasses.field(default_factory=dict)
     original_steps: int | None = None
     margin: float = 0.0
     batch_size: int = 256
+    bench: tuple[Bench, ...] = ()
+    judge_by_gap: bool = False
     title: str = "Does it improve its own answers?"
 
     def __post_init__(self) -> None:
@@ -66,25 +71,46 @@ class Evaluate:
             raise invalid("Evaluate.prompts", self.prompts, "be at least 2", "1000 gives intervals of about 3 points.")
         if not self.temperatures:
             raise invalid("Evaluate.temperatures", self.temperatures, "have at least one entry", "Use (1.0,).")
-        names = self._system_names()
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice or any("/" in name for name in names):
-            rule = f"differ from each other and from those the evaluation makes; {twice} occur twice"
-            raise invalid("Evaluate.improvers, .policies", [*self.improvers, *self.policies], rule, "Rename them.")
+        object.__setattr__(self, "others", tuple(self.others))
+        object.__setattr__(self, "bench", tuple(self.bench))
+        curve = [system for steps in self.policy_curve for system in self._on_curve(steps)]
+        check_systems("Evaluate.improvers, .policies, .others", [*self._systems(first=True), *curve])
+        check_bench(self.bench, [name for system in self._systems(first=True) for name in system.names()])
 
-    def _system_names(self) -> list[str]:
-        """Return the names of all response sets, which are also those of their files."""
-        steps = ["", *(f"_iter{k}" for k in range(2, self.iterations + 1))]
-        curve = [f"policy_{count}" for count in self.policy_curve]
+    def _systems(self, *, first: bool) -> list[System]:
+        """Return the systems at the first temperature, or at one of the others."""
         return [
-            "original",
-            *(f"{name}{step}" for name in ("pit", "pit_raw") for step in steps),
-            *(f"best_of_{n}" for n in self.best_of),
-            *(f"{name}{suffix}" for name in self.improvers for suffix in ("", "_raw")),
-            *self.policies,
-            *curve,
-            *(f"{name}_of_{policy}" for name in ("pit", "pit_raw") for policy in curve),
+            Sampled(name=ORIGINAL, policy=self.original),
+            *self._pit(ORIGINAL, "", self.iterations if first else 1),
+            *(BestOf(name=f"best_of_{n}", policy=self.original, reward=self.reward, n=n) for n in self.best_of),
+            *(Sampled(name=name, policy=policy) for name, policy in self.policies.items()),
+            *self.others,
+            *(self._other_improvers() if first else ()),
         ]
+
+    def _pit(self, of: str, suffix: str, iterations: int) -> list[System]:
+        """Return the improver with the accept rule, and without."""
+        rules = {
+            "pit": Improve(iterations=iterations, accept="gap", margin=self.margin),
+            "pit_raw": Improve(iterations=iterations, accept="always"),
+        }
+        return [
+            Improved(name=name + suffix, improver=self.improver, gap=self.gap, improve=rule, of=of)
+            for name, rule in rules.items()
+        ]
+
+    def _other_improvers(self) -> list[System]:
+        rules = {"": Improve(margin=self.margin), "_raw": Improve(accept="always")}
+        return [
+            Improved(name=name + suffix, improver=improver, gap=self.gap, improve=rule)
+            for name, improver in self.improvers.items()
+            for suffix, rule in rules.items()
+        ]
+
+    def _on_curve(self, steps: int) -> list[System]:
+        """Return the policy stopped after some steps, and what improves it."""
+        policy = f"policy_{steps}"
+        return [Sampled(name=policy, policy=self.policy_curve[steps]), *self._pit(policy, f"_of_{policy}", 1)]
 
     @property
     def role(self) -> str:
@@ -94,9 +120,9 @@ class Evaluate:
     def inputs(self) -> list[str]:
         """Return every checkpoint that is read."""
         main = [self.original, self.improver, self.gap, self.reward]
-        return list(
-            dict.fromkeys([*main, *self.improvers.values(), *self.policies.values(), *self.policy_curve.values()])
-        )
+        others = [reference for system in self.others for reference in system.inputs()]
+        named = [*self.improvers.values(), *self.policies.values(), *self.policy_curve.values()]
+        return list(dict.fromkeys([*main, *named, *others]))
 
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, compare, write the report; return the row of PIT against the Original."""
@@ -104,12 +130,15 @@ class Evaluate:
         prompts = run.held_out(self.prompts)
         if len(prompts) < self.prompts:
             _LOG.warning("%s: only %d of %d held-out prompts exist", self.name, len(prompts), self.prompts)
-        answers = Answers(run, directory / RESPONSES, [prompt.ids for prompt in prompts], self.batch_size)
-        jury = Jury(answers, prompts, self.reward)
+        answers = Answers(run, directory / RESPONSES, prompts, self.batch_size)
+        own = (("pit", ORIGINAL), ("pit_raw", ORIGINAL))
+        gap = ByGap(gap=self.gap, pairs=own) if self.judge_by_gap else None
+        jury = Jury(answers, directory, reward=self.reward, gap=gap, bench=self.bench)
         rows, sets = self._against_original(jury)
         rows += self._head_to_head(jury, sets)
         curve = [(steps, self._curve_rows(jury, steps)) for steps in sorted(self.policy_curve)]
         top = self.temperatures[0]
+        pairs = [(sets[name, top], sets[ORIGINAL, top]) for name in self._shown()]
         found = report.Report(
             title=self.title,
             seed=run.seed,
@@ -122,71 +151,58 @@ class Evaluate:
             reward_models={},
             supervised={},
             reinforced={},
-            examples=jury.examples(sets["original", top], sets["pit", top]),
+            examples=jury.examples(sets[ORIGINAL, top], [sets[name, top] for name in self._shown()]),
+            lengths=jury.lengths(pairs),
+            judges=jury.facts(),
+            agreement=jury.agreement(pairs),
+            dropped=answers.left_out(),
         )
         together.write("report", lambda: write_report(run, self.name, found))
         best = next(row for row in rows if row.candidate == "pit" and row.baseline == "original")
         return dataclasses.asdict(best)
 
+    def _shown(self) -> list[str]:
+        """Return the systems whose responses are shown beside the Original's, and whose lengths are looked into."""
+        others = [system.name for system in self.others]
+        return ["pit", "pit_raw", *(f"best_of_{n}" for n in self.best_of[:1]), *others]
+
     def _against_original(self, jury: Jury) -> tuple[list[Comparison], dict[tuple[str, float], Answered]]:
         """Answer with every system at every temperature, and compare each with the Original at the same one."""
         sets: dict[tuple[str, float], Answered] = {}
         for temperature in self.temperatures:
-            first = temperature == self.temperatures[0]
-            original = jury.answers.originals("original", self.original, temperature)
-            found = [original, *self._improved(jury.answers, original, self.iterations if first else 1)]
-            found += [
-                jury.answers.best_of(f"best_of_{n}", self.original, self.reward, temperature, n) for n in self.best_of
-            ]
-            found += [jury.answers.originals(name, policy, temperature) for name, policy in self.policies.items()]
-            if first:
-                found += self._other_improvers(jury.answers, original)
-            sets |= {(entry.name, temperature): entry for entry in found}
+            systems = self._systems(first=temperature == self.temperatures[0])
+            made = answer_all(systems, jury.answers, temperature)
+            sets |= {(name, temperature): entry for name, entry in made.items()}
+        top = self.temperatures[0]
         rows = [
-            jury.compare(entry, sets["original", temperature], judge)
-            for judge in jury.names
+            jury.compare(entry, sets[ORIGINAL, temperature], judge)
+            for judge in jury.scoring
             for (name, temperature), entry in sets.items()
-            if name != "original" and (judge == jury.names[0] or temperature == self.temperatures[0])
+            if name != ORIGINAL and (judge == jury.scoring[0] or temperature == top)
         ]
+        asked = [(first, second, judge) for judge in jury.comparing for first, second in jury.pairs(judge)]
+        rows += [jury.compare(sets[first, top], sets[second, top], judge) for first, second, judge in asked]
         return rows, sets
-
-    def _improved(self, answers: Answers, original: Answered, iterations: int) -> list[Answered]:
-        suffix = "" if original.name == "original" else "_of_" + original.name
-        rule = Improve(iterations=iterations, accept="gap", margin=self.margin)
-        always = Improve(iterations=iterations, accept="always")
-        return [
-            *answers.improved("pit" + suffix, self.improver, self.gap, rule, original),
-            *answers.improved("pit_raw" + suffix, self.improver, self.gap, always, original),
-        ]
-
-    def _other_improvers(self, answers: Answers, original: Answered) -> list[Answered]:
-        rules = {"": Improve(margin=self.margin), "_raw": Improve(accept="always")}
-        return [
-            entry
-            for name, improver in self.improvers.items()
-            for suffix, rule in rules.items()
-            for entry in answers.improved(name + suffix, improver, self.gap, rule, original)
-        ]
 
     def _head_to_head(self, jury: Jury, sets: Mapping[tuple[str, float], Answered]) -> list[Comparison]:
         """Compare PIT directly with its rivals at each temperature, and with the Original at the others."""
-        rivals = [f"best_of_{n}" for n in self.best_of] + list(self.policies)
+        others = [name for system in self.others for name in system.names()]
+        rivals = [*(f"best_of_{n}" for n in self.best_of), *self.policies, *others]
         rows = [
-            jury.compare(sets["pit", temperature], sets[rival, temperature], jury.names[0])
+            jury.compare(sets["pit", temperature], sets[rival, temperature], jury.scoring[0])
             for temperature in self.temperatures
             for rival in rivals
         ]
         top = self.temperatures[0]
         return rows + [
-            jury.compare(sets["pit", top], sets["original", temperature], jury.names[0])
+            jury.compare(sets["pit", top], sets[ORIGINAL, temperature], jury.scoring[0])
             for temperature in self.temperatures[1:]
         ]
 
     def _curve_rows(self, jury: Jury, steps: int) -> list[Comparison]:
-        original = jury.answers.originals(f"policy_{steps}", self.policy_curve[steps], self.temperatures[0])
-        improved = self._improved(jury.answers, original, 1)
+        original, *improved = answer_all(self._on_curve(steps), jury.answers, self.temperatures[0]).values()
         return [
-            dataclasses.replace(jury.compare(entry, original, jury.names[0]), candidate=name, baseline=original.name)
+            dataclasses.replace(jury.compare(entry, original, jury.scoring[0]), candidate=name)
             for name, entry in zip(("pit", "pit_raw"), improved, strict=True)
         ]
 
@@ -194,14 +210,14 @@ class Evaluate:
         """Return mean scores of the systems that were sampled at every temperature, and of one-offs at the first."""
         found: Quality = {}
         for (name, temperature), entry in sets.items():
-            scores = jury.scores(entry, jury.names[0])
+            scores = jury.scores(entry, jury.scoring[0])
             low, high = mean_interval(scores, jury.groups, seed=jury.run.seed, draws=500)
             found.setdefault(name, {})[temperature] = (float(np.mean(scores)), low, high)
         return found
 
     def _notes(self, jury: Jury, sets: Mapping[tuple[str, float], Answered]) -> list[str]:
         top = self.temperatures[0]
-        width = float(np.mean([len(prompt) for prompt in jury.answers.prompts]))
+        width = float(np.mean([len(prompt.ids) for prompt in jury.answers.prompts]))
         first, improved = (
             float(np.mean([len(r.ids) for r in sets[name, top].responses])) for name in ("original", "pit_raw")
         )
@@ -216,64 +232,4 @@ class Evaluate:
             f"Intervals are bootstrapped over {len(set(jury.groups))} prompt groups ({len(jury.groups)} prompts), one "
             "sample a prompt, for this one seed.",
         ]
-        if jury.names[0] != "exact":
-            notes.append(
-                f"The judge {jury.names[0]} is this run's own reward model, which best-of-n chooses by and RLHF was "
-                "trained on: it favours them. An independent judge is needed for a claim of quality."
-            )
-        return notes
-
-
-class Jury:
-    """The judges of an evaluation, and the scores they have given."""
-
-    def __init__(self, answers: Answers, prompts: Sequence[HeldOut], reward: str) -> None:
-        self.run, self.answers = answers.run, answers
-        self.texts = [prompt.text for prompt in prompts]
-        self.groups = [prompt.group for prompt in prompts]
-        run = self.run
-        path = run.experiment.judge
-        exact = None if path is None else judges.import_function(path)
-        self._exact = None if exact is None else judges.FunctionJudge(name="exact", function=exact)
-        self._reward = answers.judge(reward, "policy")
-        self.names = [*(["exact"] if exact else []), epath.Path(split_reference(reward)[0]).name]
-        self._scores: dict[tuple[str, float, str], Float[np.ndarray, " n"]] = {}
-        self._sets: dict[tuple[str, float], ResponseSet] = {}
-
-    def as_set(self, entry: Answered) -> ResponseSet:
-        """Return a response set as text; it is compared many times and decoded once."""
-        key = (entry.name, entry.temperature)
-        if key not in self._sets:
-            self._sets[key] = entry.as_set(self.run)
-        return self._sets[key]
-
-    def scores(self, entry: Answered, judge: str) -> Float[np.ndarray, " n"]:
-        """Return one judge's scores of a response set."""
-        key = (entry.name, entry.temperature, judge)
-        if key not in self._scores:
-            if judge == "exact" and self._exact is not None:
-                self._scores[key] = self._exact.scores(self.texts, self.as_set(entry).responses)
-            else:
-                self._scores[key] = self.answers.rewards(self._reward, entry)
-        return self._scores[key]
-
-    def compare(self, candidate: Answered, baseline: Answered, judge: str) -> Comparison:
-        """Return the row of two response sets by one judge."""
-        return compare(
-            self.as_set(candidate), self.as_set(baseline),
-            (self.scores(candidate, judge), self.scores(baseline, judge)),
-            groups=self.groups, judge=judge, seed=self.run.seed,
-        )  # fmt: skip
-
-    def examples(self, original: Answered, improved: Answered, most: int = 60) -> list[report.Example]:
-        """Return side-by-side examples, changed ones first."""
-        before, after = (self.as_set(entry).responses for entry in (original, improved))
-        first, second = (self.scores(entry, self.names[0]) for entry in (original, improved))
-        order: Sequence[int] = sorted(range(len(before)), key=lambda i: (before[i] == after[i], i))[:most]
-        return [
-            report.Example(
-                prompt=self.texts[i], original=before[i], improved=after[i],
-                score_original=float(first[i]), score_improved=float(second[i]),
-            )
-            for i in order
-        ]  # fmt: skip
+        return notes + jury.notes()

@@ -1,13 +1,12 @@
-"""Using an improver: better replies to the prompts of a file, from a run's directory alone."""
+"""Using an improver: better replies to prompts, from a run's directory alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from etils import epath
@@ -19,13 +18,15 @@ from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objec
 from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.improve.accept import Improve
-from pit_jax.improve.loop import Judge, Trajectory, first_answers, improve
+from pit_jax.improve.loop import Answerer, Judge, Trajectory, improve, sample_keys
 from pit_jax.io import files, serialize
+from pit_jax.io.progress import Progress
 from pit_jax.models.heads import ScalarModel
 from pit_jax.sharding import processes, rules
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
-from pit_jax.stages import answering, together
+from pit_jax.stages import answering, improve_output, together
 from pit_jax.stages.artifact import MANIFEST, RUN, Artifact, finished_stages, split_reference
+from pit_jax.stages.improve_output import Output, Row
 from pit_jax.text.chat import Chat, ChatFormat, check_messages
 from pit_jax.text.chat_template import TemplateChat
 from pit_jax.text.codec import Codec
@@ -33,6 +34,7 @@ from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 
 _LOG = logging.getLogger(__name__)
 _BATCH = 64
+_PORTIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,25 +48,34 @@ class Draft:
     text: str
     response: str | None
 
+    def made(self, row: Row) -> bool:
+        """Return whether a row is this draft's."""
+        return row.get("prompt") == self.given and self.response in (None, row.get("response"))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """What `pit-jax improve` is asked for.
 
     checkpoint: a run (its finished improver is taken), the stage of an improver, or `STAGE:SNAPSHOT`.
-    accept: "gap" needs R_PIT in the run; without it the rule is off, which is said.
+    input: JSON Lines; None for prompts that are typed or piped, a line each (`improve_typed`).
+    accept: "gap" needs R_PIT in the run; without it the rule is off, which is said. margin: of that rule.
     on_bad_record: whether a bad line stops or is skipped.
+    chat: a prompt that is a text is what a user says, not a whole prompt. Runs whose prompts are written by a chat
+      template take it so anyway.
     """
 
     checkpoint: str
-    input: str
+    input: str | None = None
     output: str | None = None
     iterations: int = 1
     candidates: int = 1
     accept: Literal["gap", "always"] = "gap"
+    margin: float = 0.0
     temperature: float = 1.0
     seed: int = 0
     on_bad_record: OnBadRecord = "fail"
+    chat: bool = False
 
 
 class Improver:
@@ -126,99 +137,181 @@ class Improver:
         scorer = answering.make_scorer(model, self.codec, "gap", rows, self.mesh)
         return scorer, self.gap.params(None, self.mesh, self._bases)
 
-    def judge(self) -> Judge | None:
-        """Return r_gap as a scoring function, None where the run has no gap model."""
-        found = self.scorer(self._rows)
+    def judge(self, rows: int | None = None) -> Judge | None:
+        """Return r_gap as a scoring function of so many rows at a time, None where the run has no gap model."""
+        found = self.scorer(self._rows(rows))
         return None if found is None else functools.partial(found[0].score, found[1])
 
-    @property
-    def _rows(self) -> int:
-        return answering.shared_out(self.mesh, _BATCH)
+    def _rows(self, rows: int | None) -> int:
+        return answering.shared_out(self.mesh, _BATCH if rows is None else rows)
 
-    def sampler(self, kind: Literal["policy", "improver"], temperature: float) -> Sampler:
-        """Return what answers policy or improver prompts."""
+    def sampler(self, kind: Literal["policy", "improver"], temperature: float, rows: int | None = None) -> Sampler:
+        """Return what answers policy or improver prompts, `rows` at a time."""
         # The two can differ in their adapters: the policy may be the base of the improver's.
         artifact = self.policy if kind == "policy" and self.policy is not None else self.artifact
         sampling = Sampling(temperature=temperature)
-        return answering.make_sampler(artifact.lm, self.codec, kind, sampling, self._rows, self.mesh)
+        return answering.make_sampler(artifact.lm, self.codec, kind, sampling, self._rows(rows), self.mesh)
 
-    def originals(self, prompts: Sequence[Sequence[int]], temperature: float, seed: int) -> list[Response]:
-        """Return the policy's own answers, for lines without a response.
+    def originals(
+        self, prompts: Sequence[Sequence[int]], temperature: float, seed: int, start: int = 0, rows: int | None = None
+    ) -> list[Response]:
+        """Return the policy's own answers, for lines without a response; `start` is the number of the first of them.
 
         Raises:
           DataError: the run has no policy.
         """
         if self.policy is None:
             raise DataError(
-                f"Some lines have no `response`, and {self._run} has no policy to write one. Add the field."
+                f"There is no `response` to improve, and {self._run} has no policy to write one. Give a response with "
+                "every prompt."
             )
-        sampler = self.sampler("policy", temperature)
-        return first_answers(functools.partial(sampler.answer, self.policy_params()), self.codec, prompts, seed)
+        sampler = self.sampler("policy", temperature, rows)
+        keys = sample_keys(seed, "answers", 0, range(start, start + len(prompts)), 1)
+        return sampler.answer(self._policy_params, [self.codec.policy_prompt(prompt) for prompt in prompts], keys)
+
+    @functools.cached_property
+    def _policy_params(self) -> Params:
+        return self.policy_params()
+
+
+class Session:
+    """An improver with what is asked of it: improves drafts, in any number of portions.
+
+    The samples of a draft depend on the seed, on its number over all portions and on the draft alone, so portions do
+    not change what comes out.
+
+    Args:
+      request: the settings; `input` and `output` are not looked at.
+      rows: of a batch, None for many.
+    """
+
+    def __init__(self, request: Request, rows: int | None = None) -> None:
+        self._config = Improve(
+            iterations=request.iterations,
+            candidates=request.candidates,
+            accept=request.accept,
+            margin=request.margin,
+        )
+        self.request, self._rows = request, rows
+        self.improver = Improver(request.checkpoint)
+        self._done = self._written = 0
+
+    @property
+    def portion(self) -> int:
+        """Drafts that are improved at once: a batch, and several where rows that have stopped leave room."""
+        return _BATCH if self._config.iterations == 1 else _PORTIONS * _BATCH
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the rows, drafts aside."""
+        asked = dataclasses.asdict(self.request)
+        stages = (self.improver.artifact, self.improver.gap, self.improver.policy)
+        manifests = [None if stage is None else stage.manifest for stage in stages]
+        kept = {name: asked[name] for name in asked if name not in ("input", "output", "on_bad_record")}
+        return kept | {"models": files.json_hash(manifests)}
+
+    def draft(self, raw: Mapping[str, object]) -> Draft:
+        """Return a line's draft.
+
+        Raises:
+          DataError: it has no prompt, or its response does not fit.
+        """
+        codec = self.improver.codec
+        draft = _draft(raw, self.improver.chat, as_message=self.request.chat)
+        if not codec.prompt_ids(draft.text):
+            raise DataError("field 'prompt' has no token. Remove the line.")
+        if draft.response is not None:
+            codec.response_ids(draft.response)
+        return draft
+
+    def skip(self, drafts: Sequence[Draft]) -> None:
+        """Count drafts whose rows are there already."""
+        self._done += len(drafts)
+        self._written += sum(draft.response is None for draft in drafts)
+
+    def rows(self, drafts: Sequence[Draft]) -> list[Row]:
+        """Return a row for each draft: `prompt`, `response`, `improved`, `changed` and `steps` (see `improve_file`)."""
+        codec = self.improver.codec
+        with rules.use(self.improver.mesh, self.improver.rules):
+            prompts = [codec.prompt_ids(draft.text) for draft in drafts]
+            answers, (config, judge) = self._answers(drafts, prompts), self._rule
+            seed = self.request.seed
+            trajectories = improve(config, self._answerer, judge, codec, prompts, answers, seed, self._done)
+        self.skip(drafts)
+        return [_row(codec, draft, trajectory) for draft, trajectory in zip(drafts, trajectories, strict=True)]
+
+    @functools.cached_property
+    def _rule(self) -> tuple[Improve, Judge | None]:
+        """The accept rule with its gap model; without one the rule is off."""
+        judge = self.improver.judge(self._rows)
+        if judge is not None or not self._config.needs_gap:
+            return self._config, judge
+        _LOG.warning(
+            "no gap reward model found beside %s: the accept rule is OFF, every proposal is taken",
+            self.improver.artifact.directory,
+        )
+        return Improve(iterations=self._config.iterations, accept="always"), None
+
+    @functools.cached_property
+    def _answerer(self) -> Answerer:
+        sampler = self.improver.sampler("improver", self.request.temperature, self._rows)
+        return functools.partial(sampler.answer, self.improver.params())
+
+    def _answers(self, drafts: Sequence[Draft], prompts: Sequence[Sequence[int]]) -> list[Response]:
+        """Return the given responses, and the policy's where there is none."""
+        codec, request = self.improver.codec, self.request
+        given = [None if draft.response is None else codec.response_ids(draft.response) for draft in drafts]
+        written: Iterator[Response] = iter(())
+        missing = [prompt for prompt, ids in zip(prompts, given, strict=True) if ids is None]
+        if missing:
+            originals = self.improver.originals(missing, request.temperature, request.seed, self._written, self._rows)
+            written = iter(originals)
+        return [next(written) if ids is None else Response(codec.without_eos(ids), True) for ids in given]
 
 
 def improve_file(request: Request) -> None:
     """Improve every line of a JSON Lines file; write `prompt`, `response`, `improved` and how it came about.
 
     Output lines also have `changed`, and under `steps` each proposal with `accepted`, its `gap` and the gap's own
-    `zero`. The file appears only when it is complete; without `output` lines go to standard output.
+    `zero`. They are written in the order of the input as soon as they are there, to standard output, or to a file that
+    gets its name when it is complete and that the same command continues after an interruption (see `improve_output`).
 
     Raises:
-      CheckpointError: the directory has no improver. DataError: a line is bad, or a response does not fit.
+      CheckpointError: the directory has no improver.
+      DataError: a line is bad, a response does not fit, or the output was begun by another command.
       ProcessError: the hosts do not have the same drafts.
     """
-    config = Improve(iterations=request.iterations, candidates=request.candidates, accept=request.accept)
-    improver = Improver(request.checkpoint)
-    report = ReadReport()
-    drafts = list(_drafts(request, improver, report))
+    assert request.input is not None
+    session, report = Session(request), ReadReport()
+    drafts = list(_drafts(request.input, request.on_bad_record, session, report))
     if report.bad_count:
         _LOG.warning("%s: %s", report.summary(), "; ".join(report.bad))
     if not drafts:
         raise DataError(f"{request.input} has no line to improve.")
     together.agree_on_settings({"request": serialize.to_json(request), "drafts": serialize.to_json(drafts)})
-    with rules.use(improver.mesh, improver.rules):
-        trajectories = _improved(request, config, improver, drafts)
-    lines = [
-        json.dumps(_line(improver.codec, draft, trajectory), ensure_ascii=False)
-        for draft, trajectory in zip(drafts, trajectories, strict=True)
-    ]
-    if not processes.is_first():
-        return
-    if request.output is None:
-        sys.stdout.write("\n".join(lines) + "\n")
-    else:
-        files.write_text(request.output, "\n".join(lines) + "\n")
-        changed = sum(trajectory.final != trajectory.first for trajectory in trajectories)
-        _LOG.info("%s: %d of %d responses changed", request.output, changed, len(drafts))
+    with contextlib.closing(improve_output.open_output(request.output, session.settings())) as output:
+        done = processes.first("rows that are there", lambda: len(_begun(output, drafts)))
+        session.skip(drafts[:done])
+        shown = processes.is_first() and request.output is not None
+        with Progress("improve", len(drafts), start=done, enabled=shown) as progress:
+            for start in range(done, len(drafts), session.portion):
+                rows = session.rows(drafts[start : start + session.portion])
+                if processes.is_first():
+                    output.add(rows)
+                progress.advance(start + len(rows))
+        if processes.is_first():
+            output.finish()
 
 
-def _improved(request: Request, config: Improve, improver: Improver, drafts: Sequence[Draft]) -> list[Trajectory]:
-    judge = improver.judge()
-    if judge is None and config.needs_gap:
-        _LOG.warning(
-            "no gap reward model found beside %s: the accept rule is OFF, every proposal is taken",
-            improver.artifact.directory,
-        )
-        config = Improve(iterations=request.iterations, accept="always")
-    sampler = improver.sampler("improver", request.temperature)
-    prompts = [improver.codec.prompt_ids(draft.text) for draft in drafts]
-    answers = _answers(improver, drafts, prompts, request)
-    answerer = functools.partial(sampler.answer, improver.params())
-    return improve(config, answerer, judge, improver.codec, prompts, answers, request.seed)
+def _begun(output: Output, drafts: Sequence[Draft]) -> list[Row]:
+    """Return the rows that an interrupted command has left, which must be those of the first drafts."""
+    rows = output.begin()
+    for number, row in enumerate(rows):
+        if number >= len(drafts) or not drafts[number].made(row):
+            raise output.other(f"row {number + 1} is of another prompt or response than the input's")
+    return rows
 
 
-def _answers(
-    improver: Improver, drafts: Sequence[Draft], prompts: Sequence[Sequence[int]], request: Request
-) -> list[Response]:
-    """Return the given responses, and the policy's where there is none."""
-    given = [None if draft.response is None else improver.codec.response_ids(draft.response) for draft in drafts]
-    written: Iterator[Response] = iter(())
-    missing = [prompt for prompt, ids in zip(prompts, given, strict=True) if ids is None]
-    if missing:
-        written = iter(improver.originals(missing, request.temperature, request.seed))
-    return [next(written) if ids is None else Response(improver.codec.without_eos(ids), True) for ids in given]
-
-
-def _line(codec: Codec, draft: Draft, trajectory: Trajectory) -> dict[str, Any]:
+def _row(codec: Codec, draft: Draft, trajectory: Trajectory) -> Row:
     first = draft.response if draft.response is not None else codec.text(trajectory.first.ids)
     unchanged = trajectory.final == trajectory.first
     return {
@@ -233,15 +326,11 @@ def _line(codec: Codec, draft: Draft, trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def _drafts(request: Request, improver: Improver, report: ReadReport) -> Iterator[Draft]:
-    config, codec = ReadConfig(on_bad_record=request.on_bad_record), improver.codec
-    for line, raw in read_objects(request.input, config, report):
+def _drafts(path: str, on_bad_record: OnBadRecord, session: Session, report: ReadReport) -> Iterator[Draft]:
+    config = ReadConfig(on_bad_record=on_bad_record)
+    for line, raw in read_objects(path, config, report):
         try:
-            draft = _draft(raw, improver.chat)
-            if not codec.prompt_ids(draft.text):
-                raise DataError("field 'prompt' has no token. Remove the line.")
-            if draft.response is not None:
-                codec.response_ids(draft.response)
+            draft = session.draft(raw)
         except PitError as error:
             refuse(line, str(error), config, report)
             continue
@@ -249,10 +338,10 @@ def _drafts(request: Request, improver: Improver, report: ReadReport) -> Iterato
         yield draft
 
 
-def _draft(raw: dict[str, object], chat: Chat) -> Draft:
+def _draft(raw: Mapping[str, object], chat: Chat, *, as_message: bool) -> Draft:
     prompt, response = raw.get("prompt"), raw.get("response")
     if isinstance(prompt, str) and prompt.strip():
-        text = chat.text_prompt(prompt)
+        text = chat.prompt([{"role": "user", "content": prompt}]) if as_message else chat.text_prompt(prompt)
     elif isinstance(prompt, list):
         text = chat.prompt(check_messages(prompt, "prompt"))
     else:
@@ -262,6 +351,9 @@ def _draft(raw: dict[str, object], chat: Chat) -> Draft:
         )
     if response is not None and not isinstance(response, str):
         raise DataError(f"field 'response' must be a text, not {type(response).__name__}. Write the draft to improve.")
+    for name, words in (("prompt", text), ("response", response or "")):
+        if any("\ud800" <= character <= "\udfff" for character in words):
+            raise DataError(f"field {name!r} holds half of a surrogate pair, which is no text. Mend the line.")
     return Draft(given=prompt, text=text, response=response)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from etils import epath
@@ -15,12 +15,14 @@ from pit_jax.io import serialize
 from pit_jax.io.progress import duration
 from pit_jax.sharding import processes, rules
 from pit_jax.stages import together
-from pit_jax.stages.artifact import BEST, MANIFEST, split_reference
+from pit_jax.stages.artifact import BEST, MANIFEST, nothing_made, split_reference
+from pit_jax.stages.dpo import Dpo
 from pit_jax.stages.lm import LanguageModel
 from pit_jax.stages.reward import Reward
 from pit_jax.stages.rl import Rl
 from pit_jax.stages.run import Experiment, Run
 from pit_jax.stages.sft import Sft
+from pit_jax.stages.srt_tune import SrtTune
 
 _LOG = logging.getLogger(__name__)
 _TAKEN = ("report", "tokenizer")
@@ -30,7 +32,7 @@ class Stage(Protocol):
     """A frozen dataclass that does one stage; it is complete once its result is written."""
 
     verb: ClassVar[str]
-    """Command that runs it alone: lm, sft, reward, rl, evaluate."""
+    """Command that runs it alone: lm, sft, reward, rl, dpo, evaluate, ..."""
 
     @property
     def name(self) -> str:
@@ -76,9 +78,12 @@ class Recipe:
         if self.seed < 0:
             raise invalid("RANDOM_SEED", self.seed, "be 0 or more", "Use a small whole number.")
 
-    def run(self, names: Sequence[str] | None = None) -> None:
+    def run(self, names: Sequence[str] | None = None, claimed: Callable[[], None] | None = None) -> None:
         """Run the named stages, or all: finished ones are skipped, an interrupted one continues.
 
+        Args:
+          names: of the stages.
+          claimed: called once all that the run directory holds is found to be this recipe's; nothing is computed yet.
         Raises:
           ConfigError: a name is not that of a stage, or a stage needs one that is not made before it.
           CheckpointError: the run directory belongs to another seed or configuration.
@@ -91,9 +96,12 @@ class Recipe:
         together.agree_on_settings({"stages to run": list(names or ()), "recipe": serialize.to_json(self)})
         self.check_references()
         run = Run.claim(self.model_dir, self.seed, self.experiment)
-        for stage in self.stages:
-            if names is None or stage.name in names:
-                run_stage(run, stage)
+        wanted = [stage for stage in self.stages if names is None or stage.name in names]
+        together.write("check of what is there", lambda: _check_same(run, wanted))
+        if claimed is not None:
+            claimed()
+        for stage in wanted:
+            run_stage(run, stage)
 
     def check_references(self) -> None:
         """Check that each stage finds what it names: hours of training should not end at a misspelt name.
@@ -141,7 +149,18 @@ def _keeps_best(stage: Stage) -> bool:
     """Return whether a stage keeps the checkpoint of its best evaluation."""
     if isinstance(stage, Rl):
         return stage.training.keep_best is not None
-    return isinstance(stage, LanguageModel | Sft | Reward) and stage.training.loop.keep_best is not None
+    return isinstance(stage, LanguageModel | Sft | Reward | Dpo | SrtTune) and stage.training.loop.keep_best is not None
+
+
+def _check_same(run: Run, stages: Sequence[Stage]) -> None:
+    """Check that what the stages have made so far is of this configuration, before the first of them goes on.
+
+    Raises:
+      CheckpointError: something is not.
+    """
+    for stage in stages:
+        if not nothing_made(run.stage_directory(stage.name)):
+            run.check_same(stage)
 
 
 def run_stage(run: Run, stage: Stage) -> None:

@@ -26,17 +26,26 @@ from pit_jax.rl.experience import Measured, build, token_scores, token_values
 from pit_jax.rl.experience import split as micro_batches
 from pit_jax.sharding import rules
 from pit_jax.sharding.place import batch_shardings, row_parts
-from pit_jax.stages import answering
+from pit_jax.srt.text import SrtCodec, SrtText
+from pit_jax.srt.writing import Writer
+from pit_jax.stages import answering, srt_answers
+from pit_jax.stages.artifact import split_reference
+from pit_jax.stages.dpo import REFERENCE, Dpo, log_ratios
 from pit_jax.stages.evaluate import Evaluate
+from pit_jax.stages.gap_study import GapStudy
 from pit_jax.stages.lm import LanguageModel
 from pit_jax.stages.pipeline import Recipe, Stage
 from pit_jax.stages.planned import PlannedRun
+from pit_jax.stages.reference_study import ReferenceStudy
 from pit_jax.stages.reward import Reward, pass_scores
 from pit_jax.stages.rl import Answerers, Rl
 from pit_jax.stages.rl_program import Frozen
 from pit_jax.stages.run import Run
 from pit_jax.stages.sft import Sft
-from pit_jax.stages.supervised import everywhere, state_shardings
+from pit_jax.stages.srt_data import SrtData
+from pit_jax.stages.srt_pairs import SrtPairs
+from pit_jax.stages.srt_tune import SrtTune
+from pit_jax.stages.supervised import everywhere, state_shardings, with_more
 from pit_jax.text.tokenizer import Tokenizer
 from pit_jax.train import optim
 from pit_jax.train import state as train_state
@@ -86,12 +95,20 @@ def stage_programs(recipe: Recipe, stage: Stage, mesh: Mesh) -> tuple[list[Progr
     """
     run = PlannedRun(recipe, mesh)
     with _on_paper(mesh, recipe.experiment.mesh.rules):
-        if isinstance(stage, LanguageModel | Sft | Reward):
+        if isinstance(stage, LanguageModel | Sft | Reward | Dpo | SrtTune):
             programs = _supervised(run, stage)
         elif isinstance(stage, Rl):
             programs = _reinforced(run, stage)
         elif isinstance(stage, Evaluate):
             programs = _evaluated(run, stage)
+        elif isinstance(stage, GapStudy):
+            programs = _gaps_compared(run, stage)
+        elif isinstance(stage, ReferenceStudy):
+            programs = _references_judged(run, stage)
+        elif isinstance(stage, SrtData):
+            programs = _drafted(run, stage)
+        elif isinstance(stage, SrtPairs):
+            programs = _refined(run, stage, _srt_text(recipe, stage))
         else:
             raise ConfigError(
                 f"The stage {stage.name!r} is a {type(stage).__name__}, whose programs are not known. "
@@ -107,12 +124,14 @@ def _on_paper(mesh: Mesh, table: rules.Rules) -> Iterator[None]:
         yield
 
 
-def _supervised(run: PlannedRun, stage: LanguageModel | Sft | Reward) -> list[Program]:
+def _supervised(run: PlannedRun, stage: LanguageModel | Sft | Reward | Dpo | SrtTune) -> list[Program]:
     """Return the programs of a stage that learns from a data set."""
     learning = stage.learning(run)
     network, training = learning.network, learning.training
     params = run.shapes(network) if run.experiment.is_whole(stage) else _on_base(run, network)
     frozen, trained = divide(network, params)
+    if isinstance(stage, Dpo):
+        frozen = with_more(frozen, {REFERENCE: stage.reference(run)})
     state, shardings = _state(run, network, training.optimizer, training.loop.steps)
     probe = _probe(run.tokenizer)
     batch = _placed(learning.collator.leading([probe])[0], run.mesh, row_axis=1)
@@ -131,6 +150,9 @@ def _supervised(run: PlannedRun, stage: LanguageModel | Sft | Reward) -> list[Pr
     if isinstance(stage, Reward):
         report = everywhere(pass_scores(stage.model(run)), run.mesh)
         programs.append(Program(name="report scores", function=report, arguments=(after, held_out)))
+    if isinstance(stage, Dpo):
+        report = everywhere(log_ratios(run.lm_of(stage), 1), run.mesh)
+        programs.append(Program(name="report log-ratios", function=report, arguments=(after, held_out)))
     return programs
 
 
@@ -254,6 +276,76 @@ def _evaluated(run: PlannedRun, stage: Evaluate) -> list[Program]:
         programs.append(sampling(mesh, f"{kind} answers", answerer, params, beside))
         scorer = answering.scorer(run, reward, judge, size)
         programs.append(scoring(mesh, f"{'reward' if judge == 'policy' else 'gap'} scores", scorer, judges, beside))
+    return programs
+
+
+def _gaps_compared(run: PlannedRun, stage: GapStudy) -> list[Program]:
+    """Return the programs that score records, one for each kind of head; models are read one after the other."""
+    kinds = {answering.scorer(run, name, "gap", stage.batch_size): name for name in stage.gaps.values()}
+    programs = [
+        scoring(run.mesh, f"scores of {reference}", scorer, run.params(reference), ())
+        for scorer, reference in kinds.items()
+    ]
+    judge = answering.scorer(run, stage.reward, "policy", stage.batch_size)
+    return [*programs, scoring(run.mesh, "reward scores", judge, run.params(stage.reward), ())]
+
+
+def _drafted(run: PlannedRun, stage: SrtData) -> list[Program]:
+    """Return the program that writes drafts; the critic is none of ours."""
+    sampler = answering.sampler(run, "policy", Sampling(temperature=stage.temperature), stage.batch_size)
+    return [sampling(run.mesh, "drafts", sampler, run.language_model(stage.model, "policy"), ())]
+
+
+def _srt_text(recipe: Recipe, stage: SrtPairs) -> SrtText:
+    """Return the format that the model of a stage is tuned on."""
+    for other in recipe.stages:
+        if isinstance(other, SrtTune) and other.name == split_reference(stage.model)[0]:
+            return other.text
+    raise ConfigError(
+        f"The stage {stage.name!r} reads {stage.model!r}, which no stage `srt` of the recipe makes: its format is not "
+        "known. Plan the others by name (--stage)."
+    )
+
+
+def _refined(run: PlannedRun, stage: SrtPairs, text: SrtText) -> list[Program]:
+    """Return the programs that write y, f and r, and fresh feedback."""
+    codec, params = SrtCodec(text, run.codec), run.language_model(stage.model, "policy")
+    programs = [_writing(run.mesh, "texts", srt_answers.writer(run, codec, stage.batch_size), params)]
+    if "score" in text.parts:
+        author = srt_answers.writer(run, codec, stage.batch_size, stop=codec.markers[-1])
+        programs.append(_writing(run.mesh, "fresh feedback", author, params))
+    return programs
+
+
+def _writing(mesh: Mesh, name: str, author: Writer, params: Params) -> Program:
+    """Return the program that writes one batch of SRT's texts."""
+    rows = author.batch_size
+    prompts = Prompts(
+        tokens=jnp.zeros((rows, author.width), jnp.int32),
+        mask=jnp.zeros((rows, author.width), bool),
+        reference=jnp.zeros((rows, author.width), bool),
+    )
+    given, count = jnp.zeros((rows, author.max_new), jnp.int32), jnp.zeros(rows, jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    heat = jax.ShapeDtypeStruct((2,), jnp.float32)
+    arguments = (params, *_placed((prompts, given, count, keys), mesh, row_axis=0), heat)
+    # The first token comes with the prompt's pass; the loop takes or draws the others.
+    return Program(name=name, function=jax.jit(author.draw), arguments=arguments, trips=max(author.max_new - 1, 1))
+
+
+def _references_judged(run: PlannedRun, stage: ReferenceStudy) -> list[Program]:
+    """Return the programs that answer, improve and score held-out prompts."""
+    mesh, size, sampled = run.mesh, stage.batch_size, Sampling(temperature=stage.temperature)
+    policy, improver = run.language_model(stage.original, "policy"), run.language_model(stage.improver, "improver")
+    gap, reward = run.params(stage.gap), run.params(stage.reward)
+    programs = [
+        sampling(mesh, "policy answers", answering.sampler(run, "policy", sampled, size), policy, ()),
+        sampling(mesh, "improver answers", answering.sampler(run, "improver", sampled, size), improver, (gap,)),
+        scoring(mesh, "gap scores", answering.scorer(run, stage.gap, "gap", size), gap, ()),
+    ]
+    if run.experiment.judge is None:
+        judge = answering.scorer(run, stage.reward, "policy", size)
+        programs.append(scoring(mesh, "reward scores", judge, reward, (gap,)))
     return programs
 
 

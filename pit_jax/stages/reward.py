@@ -102,11 +102,11 @@ class Reward:
         )
         examples = examples[: self.report_records]
         scores, lengths = _scores(run, model, params, list(all_batches(examples, learning.held_out)), len(examples))
-        clean = _clean(run, examples)
+        agreed = clean(run, examples)
         if self.role == "bt":
-            return rewards.bradley_terry(scores[0], scores[1], lengths, clean)
+            return rewards.bradley_terry(scores[0], scores[1], lengths, agreed)
         # The lengths of passes wl and ll are those of y_w and y_l.
-        return rewards.gap(dict(zip(GAP_PASSES, scores, strict=True)), lengths[[0, 2]], clean)
+        return rewards.gap(dict(zip(GAP_PASSES, scores, strict=True)), lengths[[0, 2]], agreed)
 
     def _initial(self, run: Run, model: ScalarModel) -> Params:
         artifact = run.artifact(self.init_from)
@@ -148,7 +148,7 @@ def _scores(
     return np.concatenate(scores, axis=1)[:, :count], np.concatenate(lengths, axis=1)[:, :count]
 
 
-def _clean(run: Run, examples: Sequence[Example]) -> Bool[np.ndarray, " n"] | None:
+def clean(run: Run, examples: Sequence[Example]) -> Bool[np.ndarray, " n"] | None:
     """Return where the exact judge, if there is one, prefers the chosen reply; equal quality is not clean."""
     if run.experiment.judge is None:
         return None

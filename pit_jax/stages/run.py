@@ -137,11 +137,16 @@ class Experiment:
 
 
 class HeldOut(NamedTuple):
-    """A held-out prompt as ids and as text, and the group by which splits were made and intervals are clustered."""
+    """A held-out prompt as ids and as text, the group by which splits were made and intervals are clustered, replies.
+
+    chosen, rejected: y_w and y_l of the first record with this prompt.
+    """
 
     ids: tuple[int, ...]
     text: str
     group: str
+    chosen: str
+    rejected: str
 
 
 class Run:
@@ -253,7 +258,7 @@ class Run:
         for record in open_records(self.experiment.data, split="validation"):
             ids = self.codec.prompt_ids(record.prompt)
             if ids:
-                found.setdefault(ids, HeldOut(ids, record.prompt, record.group))
+                found.setdefault(ids, HeldOut(ids, record.prompt, record.group, record.chosen, record.rejected))
             if len(found) == limit:
                 break
         if not found:

@@ -142,10 +142,18 @@ class Trainer:
     evaluate: Callable[[Params], dict[str, float]]
 
 
-def train(trainer: Trainer, params: Params) -> Params:
-    """Train `params` as the trainer says, and return them trained; resume if there is something to resume."""
+def train(trainer: Trainer, params: Params, beside: Params | None = None) -> Params:
+    """Train `params` as the trainer says, and return them trained; resume if there is something to resume.
+
+    Args:
+      trainer: what is trained, and on what.
+      params: the network's parameters to start from.
+      beside: further parameters that the objective reads and nothing changes, such as a reference model's. They are
+        found in the objective's parameters, and in what is returned, under names of their own.
+    """
     run, learning, training = trainer.run, trainer.learning, trainer.learning.training
     frozen, trained = divide(learning.network, params)
+    frozen = with_more(frozen, beside)
     state, shardings = initial_state(run, learning.network, trained, training.optimizer, training.loop.steps)
     del params, trained  # the state has a copy: a second set of parameters must not lie about while training
     program = SupervisedProgram(
@@ -159,6 +167,11 @@ def train(trainer: Trainer, params: Params) -> Params:
     )
     state = fit(program, state, training.loop, run_files(run, trainer.name))
     return whole(frozen, state.params)
+
+
+def with_more(frozen: Params | None, beside: Params | None) -> Params | None:
+    """Return the frozen part of a network's parameters together with what the objective reads beside them."""
+    return frozen if beside is None else (frozen or {}) | beside
 
 
 def run_files(run: Run, name: str) -> RunFiles:

@@ -32,10 +32,11 @@ def agree_on_settings(settings: dict[str, Any]) -> None:
       ProcessError: one differs; it is named, with the first setting or version it differs in.
     """
     if processes.count() > 1:
-        processes.agree("start", {"settings": settings, "versions": _versions()})
+        processes.agree("start", {"settings": settings, "versions": versions()})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a run computes."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -105,7 +105,7 @@ def test_flags_override_files_and_the_last_file_wins(folder: Path) -> None:
     assert _build("TRAIN_STEPS = 9", files=("mine.gin",))[0].stages[0].steps == 9
     (folder / "more.gin").write_text("TRAIN_STEPS = 8\n")
     assert _build(files=("mine.gin", "more.gin"))[0].stages[0].steps == 8
-    recipe, _ = _build(MODEL_DIR, "policy/Sft.steps = 1", "parts.Sft.steps = 2")
+    recipe, _ = _build(MODEL_DIR, "policy/parts.Sft.steps = 1", "parts.Sft.steps = 2")
     assert [stage.steps for stage in recipe.stages] == [1, 2]
 
 

@@ -25,7 +25,10 @@ VERBS = (
     "sft",
     "reward",
     "rl",
+    "dpo",
     "evaluate",
+    "study-gap",
+    "study-references",
     "improve",
     "convert",
     "inspect-data",
@@ -174,6 +177,16 @@ def test_stage_is_chosen_by_verb_and_role() -> None:
         select_stage(recipe, "sft", None)
     with pytest.raises(ConfigError, match=r"no stage for 'rl --role=policy'.*sft_policy \(sft --role=policy\)"):
         select_stage(recipe, "rl", "policy")
+
+
+def test_one_of_several_stages_of_a_role_is_chosen_by_name() -> None:
+    recipe = _recipe(("dpo_policy", "dpo", "policy"), ("srt_dpo", "dpo", "policy"))
+    assert select_stage(recipe, "dpo", None, "srt_dpo") == "srt_dpo"
+    with pytest.raises(ConfigError, match="2 stages for 'dpo'. Choose one with --stage=dpo_policy or --stage=srt_dpo"):
+        select_stage(recipe, "dpo", None)
+    with pytest.raises(ConfigError, match="no stage for 'dpo --stage=dop'. It has: dpo_policy"):
+        select_stage(recipe, "dpo", None, "dop")
+    assert arguments.parse(["dpo", "--gin_file=a.gin", "--stage=srt_dpo"]).stage == "srt_dpo"
 
 
 def test_compilation_cache_is_set_unless_the_user_has_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,4 @@
-"""The annotation page in a real browser: from disk, without a network, by keyboard and by mouse.
-
-Takes the browser that PIT_JAX_CHROMIUM names, one that is installed, or Playwright's own.
-"""
-
-import os
-import shutil
+"""The annotation page in a real browser: from disk, without a network, by keyboard and by mouse."""
 
 import numpy as np
 import pytest
@@ -20,20 +14,6 @@ QUESTIONS = [
     Question(f"Prompt {i} <b>bold</b> & {EVIL}", f"=good {i}\r\nsecond line {EVIL}", f"bad {i} 'quoted' \"twice\"")
     for i in range(6)
 ]
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright import sync_api
-
-    found = os.environ.get("PIT_JAX_CHROMIUM") or next(
-        filter(None, map(shutil.which, ("chromium", "google-chrome"))), None
-    )
-    with sync_api.sync_playwright() as playwright:
-        # Chromium refuses its sandbox to root, as whom containers run.
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -119,3 +119,13 @@ def test_a_trunk_is_taken_over_as_it_is() -> None:
 def test_unknown_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError, match="must be one of"):
         ScalarModel(tiny.MODELS["rotary"], **bad)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_the_bias_which_no_comparison_determines_is_not_trained(readout: str) -> None:
+    lm, x = tiny.MODELS["rotary"], tiny.plain()
+    model = ScalarModel(lm, readout)
+    params = {"trunk": tiny.params(lm), "head": head(0.3)}
+    gradient = jax.grad(lambda p: jnp.sum(jnp.sin(model.scores(p, x, 1))))(params)["head"]
+    assert float(gradient["bias"]) == 0.0
+    assert float(jnp.abs(gradient["kernel"]).max()) > 0.0

@@ -89,15 +89,15 @@ def logp(lm: ConditionalLM, params: Params, x: Conditional, key: jax.Array | Non
     return lm.logprobs(params, x, key).logp
 
 
-@functools.cache
 def params(lm: ConditionalLM) -> Params:
-    """Return random parameters, norm scales and biases too."""
+    """Return random parameters, norm scales and biases too; arrays of its own for every caller, who may delete them."""
+    return jax.tree.map(jnp.array, _drawn(lm))
+
+
+@functools.cache
+def _drawn(lm: ConditionalLM) -> Params:
     random = np.random.default_rng(0)
-
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.asarray(random.normal(0, 0.3, leaf.shape), leaf.dtype)
-
-    return jax.tree.map(draw, lm.abstract())
+    return jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(leaf.dtype), lm.abstract())
 
 
 Example = tuple[list[int], list[int]]

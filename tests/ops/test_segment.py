@@ -42,6 +42,20 @@ def test_means():
         np.testing.assert_allclose(got, _loop(values, weights), atol=1e-6)
 
 
+def test_sums_are_those_of_a_loop_whatever_padding_holds():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=SEGMENTS.shape).astype(np.float32)
+    want = [
+        [row[np.asarray(ids) == m].sum() for m in range(1, COUNT + 1)]
+        for row, ids in zip(values, SEGMENTS, strict=True)
+    ]
+    broken = jnp.where(SEGMENTS > 0, jnp.asarray(values), jnp.nan)
+    got, gradient = jax.value_and_grad(lambda v: jnp.sum(segment.sums(v, SEGMENTS, COUNT)))(broken)
+    np.testing.assert_allclose(segment.sums(broken, SEGMENTS, COUNT), want, atol=1e-6)
+    np.testing.assert_allclose(got, np.sum(want), atol=1e-5)
+    np.testing.assert_array_equal(gradient, SEGMENTS > 0)
+
+
 def test_values_without_weight_do_not_count_even_if_not_finite():
     values = jnp.asarray(np.random.default_rng(1).normal(size=(*SEGMENTS.shape, 2)), jnp.float32)
     mask = jnp.asarray(np.random.default_rng(2).random(SEGMENTS.shape) < 0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -29,7 +30,8 @@ REQUIRED = {
     "MIXTURE_OR_TASK_MODULE": "'my_tasks'",
 }
 """A value for every macro that some recipe leaves to the user."""
-SUPERVISED = ("pretrain", "sft_policy", "sft_improver", "reward_bt", "reward_gap")
+RIVALS = ("dpo_policy", "srt_tune", "srt_dpo")
+SUPERVISED = ("pretrain", "sft_policy", "sft_improver", "reward_bt", "reward_gap", *RIVALS)
 REINFORCED = ("rl_policy", "rl_improver", "rl_improver_stage2")
 
 STEPS = (
@@ -60,7 +62,9 @@ STEPS = (
 )
 """Two steps of every stage, on a handful of records."""
 CURVE = ("evaluate.Evaluate.policy_curve={1: 'rl_policy:1'}", "evaluate.Evaluate.original_steps=1")
-SYNTHETIC = ("synthetic.SyntheticConfig.num_records=1500", "ORIGINAL='rl_policy:1'", *CURVE)
+# A model tuned for two steps writes no feedback that could choose pairs: see `without_pairs`.
+SRT = ("srt_data/srt_data.SrtData.prompts=600", "srt_tune/srt_tune.SrtTune.held_out=0.3", "srt_dpo/dpo.Dpo.pairs=None")
+SYNTHETIC = ("synthetic.SyntheticConfig.num_records=1500", "ORIGINAL='rl_policy:1'", *CURVE, *SRT)
 BYTES = (
     "TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 12}",
     *(f"{stage}/pack.Packing.rows=4" for stage in SUPERVISED),
@@ -71,13 +75,20 @@ BYTES = (
 """Bytes as tokens, packed rows."""
 
 
-def recipe(name: str, *bindings: str, more: Sequence[str] = (), without: str | None = None) -> Recipe:
+def recipe(
+    name: str, *bindings: str, more: Sequence[str] = (), without: str | None = None, folder: str = "recipes"
+) -> Recipe:
     """Return a shipped recipe with required macros bound to something where `bindings` do not.
 
-    more: further gin files. without: a macro that is not bound.
+    more: further gin files. without: a macro that is not bound. folder: "recipes" or "studies".
     """
     defaults = tuple(f"{macro}={value}" for macro, value in REQUIRED.items() if macro != without)
-    return build(GinSource(files=(f"recipes/{name}.gin", *more), bindings=bindings, defaults=defaults), ROOT).value
+    return build(GinSource(files=(f"{folder}/{name}.gin", *more), bindings=bindings, defaults=defaults), ROOT).value
+
+
+def without_pairs(found: Recipe) -> Recipe:
+    """Return a recipe without the stage that needs a model tuned by SRT to speak its format."""
+    return dataclasses.replace(found, stages=tuple(stage for stage in found.stages if stage.name != "srt_pairs"))
 
 
 def write_preferences(path: pathlib.Path, count: int = 150) -> str:

@@ -29,11 +29,12 @@ from . import shrunk
 T5_1_1_BASE, LLAMA_3_2_1B, T5_1_1_XXL, GEMMA_3_27B = 247_577_856, 1_235_814_400, 11_135_332_352, 27_009_346_304
 """Parameters of the published models."""
 PIT = ["sft_policy", "sft_improver", "reward_bt", "reward_gap", "rl_policy", "rl_improver", "evaluate"]
+RIVALS = ["dpo_policy", "srt_data", "srt_tune", "srt_pairs", "srt_dpo"]
 STAGES = {
-    "demo": PIT,
+    "demo": [*PIT[:-1], *RIVALS, "evaluate"],
     "demo_lora": PIT,
     "pretrained": PIT,
-    "demo_full": [*PIT[:-1], "rl_improver_stage2", "evaluate"],
+    "demo_full": [*PIT[:-1], "rl_improver_stage2", *RIVALS, "evaluate"],
     "demo_t5": PIT,
     "hh_rlhf_1b": PIT,
     "hh_rlhf_t5_base": PIT,
@@ -99,7 +100,9 @@ def test_model_has_the_parameters_it_says(name: str) -> None:
 
 def test_demo_t5_differs_from_the_demo_in_the_model_alone() -> None:
     demo, other = shrunk.recipe("demo", "MODEL_DIR='a'"), shrunk.recipe("demo_t5", "MODEL_DIR='a'")
-    assert demo.stages == other.stages
+    assert other.stages[:-1] == demo.stages[:6]
+    changed = {name for name, value in vars(other.stages[-1]).items() if value != vars(demo.stages[-1])[name]}
+    assert changed == {"policies", "others"}, "the rivals that have to be trained are left out"
     assert vars(demo.experiment) | {"model": None} == vars(other.experiment) | {"model": None}
     assert type(demo.experiment.model) is not type(other.experiment.model)
 
@@ -155,9 +158,12 @@ def test_hh_small_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", ["demo", "demo_full", "demo_lora"])
 def test_demo_runs(name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shrunk.use_devices(monkeypatch, 1)
-    shrunk.recipe(name, f"MODEL_DIR='{tmp_path}/run'", *shrunk.STEPS, *shrunk.SYNTHETIC, *TINY_DECODER).run()
-    compared = _check(tmp_path / "run", STAGES[name], "exact")
+    settings = (*shrunk.STEPS, *shrunk.SYNTHETIC, *TINY_DECODER)
+    shrunk.without_pairs(shrunk.recipe(name, f"MODEL_DIR='{tmp_path}/run'", *settings)).run()
+    compared = _check(tmp_path / "run", [stage for stage in STAGES[name] if stage != "srt_pairs"], "exact")
     assert ("pit_stage2" in compared) == (name == "demo_full")
+    assert "self_refine" in compared
+    assert ({"dpo", "srt", "srt_stage1"} <= set(compared)) == (name != "demo_lora")
 
 
 @pytest.mark.slow

@@ -166,11 +166,15 @@ def test_output_appears_whole_or_not_at_all(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        _improved(whole, drafts)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        with pytest.raises(OSError, match="No space left"):
+            _improved(whole, drafts)
     assert output.read_text() == "before"
-    assert sorted(path.name for path in drafts.parent.iterdir()) == ["drafts.jsonl", "improved.jsonl"]
+    names = ["drafts.jsonl", "improved.jsonl", "improved.jsonl.part"]
+    assert sorted(path.name for path in drafts.parent.iterdir()) == names, "what is made is kept"
+    rows = _improved(whole, drafts)
+    assert len(rows) == len(DRAFTS) and sorted(path.name for path in drafts.parent.iterdir()) == names[:2]
 
 
 def test_lines_go_to_standard_output_without_a_file(

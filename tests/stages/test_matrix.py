@@ -27,8 +27,10 @@ from pit_jax.models.presets.catalog import language_model, preset
 from pit_jax.models.trained import Network, divide, language_model_of, whole
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.experience import objective as rl_objective
+from pit_jax.stages.dpo import REFERENCE, preference_objective
 from pit_jax.stages.reward import comparison_objective
 from pit_jax.stages.sft import likelihood
+from pit_jax.stages.supervised import with_more
 from pit_jax.text.codec import PromptRow, rows_to_prompts
 from pit_jax.train.optim import Optimizer, build
 from pit_jax.train.state import TrainState
@@ -110,6 +112,7 @@ def experience(rows: int = 4) -> Experience:
 def batches() -> dict[str, Any]:
     """Return a batch for every objective."""
     made = {"sft": conditional(4), "bt": comparisons(2), "gap": comparisons(4), "rl": experience(), "ppo": experience()}
+    made["dpo"] = made["bt"]
     return {name: jax.tree.map(lambda leaf: leaf[None], batch) for name, batch in made.items()}
 
 
@@ -121,14 +124,18 @@ def stages(lm: Any) -> dict[str, tuple[Network, Objective]]:
         "sft": (lm, likelihood(lm, 1e-4)),
         "bt": (scalar, comparison_objective(scalar, "bt", (), 1)),
         "gap": (scalar, comparison_objective(scalar, "gap", COMPARISONS, 1)),
+        "dpo": (lm, preference_objective(lm, 0.1, 1)),
         "rl": (lm, rl_objective(lm, RlConfig(samples_per_prompt=2))),
         "ppo": (ValueModel(lm), rl_objective(lm, RlConfig(samples_per_prompt=2, estimator="ppo", policy=policy))),
     }
 
 
-def one_step(network: Network, objective: Objective, batch: Any, params: Params) -> Params:
+def one_step(
+    network: Network, objective: Objective, batch: Any, params: Params, beside: Params | None = None
+) -> Params:
     """Return the parameters after one update, which has changed something, and adapters and heads alone."""
-    frozen, trained = divide(network, params)
+    base, trained = divide(network, params)
+    frozen = with_more(base, beside)
     before = jax.tree.map(np.asarray, trained)
     state = TrainState(params=trained, opt_state=build(OPTIMIZER, 3).init(trained), step=jnp.int32(0))
     state, metrics = make_step(objective, OPTIMIZER, steps=3)(state, batch, jax.random.key(2), frozen)
@@ -137,7 +144,7 @@ def one_step(network: Network, objective: Objective, batch: Any, params: Params)
     # Adapters' A stand still in the first step, because their B are 0.
     pairs = zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
     assert any(bool(np.any(a != np.asarray(b))) for a, b in pairs)
-    after = whole(frozen, state.params)
+    after = whole(base, state.params)
     assert jax.tree.structure(after) == jax.tree.structure(network.abstract())
     return after
 
@@ -156,13 +163,13 @@ def drawn(network: Network) -> Params:
 
 # One of each kind of network; the others differ from them in settings.
 KEPT = ("llama3", "gemma3", "t5", "t5gemma2")
-# All objectives are built from these three: `bt` is a part of `gap`'s program, `rl` of `ppo`'s.
+# All objectives are built from these three: `bt` is a part of `gap`'s program, `rl` of `ppo`'s, `dpo` is `sft`'s twice.
 FAST = ("sft", "gap", "ppo")
 CASES = [
     pytest.param(family, adapters, FAST, marks=[] if adapters == "adapters" and family in KEPT else pytest.mark.slow)
     for family in FAMILIES
     for adapters in ADAPTERS
-] + [pytest.param(family, "adapters", ("bt", "rl"), marks=pytest.mark.slow) for family in FAMILIES]
+] + [pytest.param(family, "adapters", ("bt", "rl", "dpo"), marks=pytest.mark.slow) for family in FAMILIES]
 
 
 @pytest.mark.parametrize(("family", "adapters", "names"), CASES)
@@ -173,7 +180,8 @@ def test_every_stage_with_every_family(
     after: dict[str, Params] = {}
     for name in names:
         network, objective = stages(lm)[name]
-        after[name] = one_step(network, objective, batches()[name], drawn(network))
+        beside = {REFERENCE: drawn(network)} if name == "dpo" else None
+        after[name] = one_step(network, objective, batches()[name], drawn(network), beside)
     check_rollout(lm, drawn(lm))
     network, _ = stages(lm)[names[-1]]
     check_restore(network, after[names[-1]], tmp_path)
