@@ -58,7 +58,7 @@ class SelfRefined:
 
         def make() -> list[list[Response]]:
             found = self._refined(answers, made[self.of], temperature)
-            answers.leave_out(self.name, temperature, _refine_drops(self.name, found))
+            answers.leave_out(self.name, temperature, _refine_drops(f"{self.name}, T = {temperature:g}", found))
             return found.answers if self.every else [found.chosen]
 
         return answers.kept(self.names(), temperature, make)
@@ -75,19 +75,20 @@ class SelfRefined:
         )
 
 
-def _refine_drops(name: str, found: Refined) -> list[Dropped]:
-    counts = found.counts
-    reasons = {
-        "feedback without the score it should have": (counts.unscored, counts.feedbacks),
-        "feedback cut off": (counts.cut_feedback, counts.feedbacks),
-        "feedback that says nothing": (counts.empty_feedback, counts.feedbacks),
-        "no room for the whole history": (counts.shortened, counts.trajectories),
-        "a call failed": (counts.ended.get("failed", 0), counts.trajectories),
-        "no room for the request": (counts.ended.get("too long", 0), counts.trajectories),
-    }
+def _refine_drops(what: str, refined: Refined) -> list[Dropped]:
+    counts = refined.counts
+    feedbacks, rows = counts.feedbacks, counts.trajectories
+    found = [
+        ("feedback", "without the score it should have", counts.unscored, feedbacks),
+        ("feedback", "cut off", counts.cut_feedback, feedbacks),
+        ("feedback", "says nothing", counts.empty_feedback, feedbacks),
+        ("history", "no room for the whole of it", counts.shortened, rows),
+        ("refinement", "a call failed", counts.ended.get("failed", 0), rows),
+        ("refinement", "no room for the request", counts.ended.get("too long", 0), rows),
+    ]
     return [
-        Dropped(what=f"{name}: Self-Refine", reason=reason, count=count, total=total)
-        for reason, (count, total) in reasons.items()
+        Dropped(what=f"{what}: {part}", reason=reason, count=count, total=total)
+        for part, reason, count, total in found
         if count
     ]
 
@@ -121,8 +122,9 @@ class SelfTuned:
             found = srt_answers.answers(
                 answers.run, self.model, prompts, self.inference, temperature, answers.batch_size
             )
+            what = f"{self.name}, T = {temperature:g}"
             drops = [
-                Dropped(what=f"{self.name}: refinement, y is taken", reason=reason, count=count, total=len(found))
+                Dropped(what=f"{what}: refinement (y is taken)", reason=reason, count=count, total=len(found))
                 for reason, count in outcomes(found).items()
                 if reason != PARSED and count
             ]

@@ -153,7 +153,7 @@ def test_bidirectional_sees_the_whole_segment(name: str) -> None:
         assert set(np.flatnonzero(found[t])) == {1: {1, 2, 11, 12}, 2: {4, 21, 22}, 0: {0}}[segment], t
 
 
-@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS))
 def test_scan_remat_and_chunks_change_nothing(name: str) -> None:
     config, x = dataclasses.replace(MODELS[name].config, dropout=0.2), tiny.plain()
 

@@ -70,13 +70,13 @@ MODELS = DECODERS | {"t5": EncoderDecoder(T5), "umt5": EncoderDecoder(UMT5)}
 FAMILIES = ["rotary", "t5"]
 
 
-# Compiled once per model and shapes, for all tests of a process.
-@functools.partial(jax.jit, static_argnums=0)
 def slow_but(names: Iterable[str], *kept: str) -> list[Any]:
     """Return the parameters of a test; all but the kept ones, which take the same paths through the code, are slow."""
     return [name if name in kept else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
+# Compiled once per model and shapes, for all tests of a process.
+@functools.partial(jax.jit, static_argnums=0)
 def everything(lm: ConditionalLM, params: Params, x: Conditional) -> tuple[TokenScores, Hidden, Hidden]:
     """Return `logprobs`, and `hidden` causal and bidirectional."""
     causal, bidirectional = (lm.hidden(params, x, attention=how) for how in ("causal", "bidirectional"))

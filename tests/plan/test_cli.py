@@ -43,6 +43,7 @@ def test_json_is_alone_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert [entry["kind"] for entry in step["collectives"]] == ["all-reduce"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_status_3_and_what_was_tried(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

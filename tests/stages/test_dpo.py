@@ -144,6 +144,7 @@ def test_packed_rows_have_the_loss_and_gradient_of_plain_ones(run: Run, examples
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one[2], other[2])
 
 
+@pytest.mark.slow
 def test_devices_packing_and_micro_batches_make_the_same_update_as_planned(
     whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

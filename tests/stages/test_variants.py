@@ -89,7 +89,7 @@ def _stage(kind: str, **changes: Any) -> Any:
     return small.sft("policy", **steps) if kind == "sft" else small.reward("gap", **steps)
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("reward", marks=pytest.mark.slow)])
 def test_micro_batches_packing_and_devices_make_the_same_update(
     whole: pathlib.Path, tmp_path: pathlib.Path, kind: str
 ) -> None:
