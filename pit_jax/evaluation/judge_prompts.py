@@ -5,26 +5,20 @@
     ### user
     {prompt} ... {first} ... {second}
 
-`{prompt}`, `{first}` and `{second}` occur once each in the user's part; `{{` and `}}` are braces. A file without these
-headings is a user's message, for models that know no system's.
+The form of these files is that of `text/prompt_files.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.resources
 import json
 import math
-import pathlib
 import re
 from typing import Any
 
-from pit_jax.core.errors import DataError, invalid, nearest
 from pit_jax.evaluation.pairwise import Question
-from pit_jax.text.chat import Message
-from pit_jax.text.template import Literally, parse
+from pit_jax.text.prompt_files import Shelf, TwoParts, two_parts
 
-FIELDS = ("prompt", "first", "second")
+SHELF = Shelf(package="pit_jax.evaluation", folder="prompts", setting="LlmJudgeConfig.template")
 OUTCOMES = {"a": 1.0, "b": -1.0, "c": 0.0, "tie": 0.0}
 VERDICT_SCHEMA = {
     "type": "json_schema",
@@ -45,64 +39,22 @@ VERDICT_SCHEMA = {
 """`response_format` of servers that bind their output to a schema; the explanation comes before the verdict."""
 MOST_BRACES = 1000
 """Braces of a reply at which a JSON object is looked for."""
-_HEADINGS = re.compile(r"\s*^### system *\n(.*?)\n### user *\n(.*)", re.DOTALL | re.MULTILINE)
 _MARK = re.compile(r"\[\[\s*(A|B|C|tie)\s*\]\]", re.IGNORECASE)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgePrompt:
-    """A template for questions about two responses.
-
-    name: of the file, for errors and reports. system: the system's message, empty for none.
-    user: with {prompt}, {first} and {second}.
-    """
-
-    name: str
-    system: str
-    user: str
-
-    def __post_init__(self) -> None:
-        """Parse both parts, so that a mistake shows at once."""
-        parse(self.user, FIELDS, f"the user's part of judge prompt {self.name}")
-        parse(self.system, (), f"the system's part of judge prompt {self.name}")
-
-    def messages(self, question: Question) -> list[Message]:
-        """Return the conversation to be answered; what looks like a field in a response stays as it is."""
-        texts = question._asdict()
-        pieces = parse(self.user, FIELDS, self.name)
-        user = "".join(piece.text if isinstance(piece, Literally) else texts[piece.name] for piece in pieces)
-        system = "".join(piece.text for piece in parse(self.system, (), self.name) if isinstance(piece, Literally))
-        first = [{"role": "system", "content": system}] if system else []
-        return [*first, {"role": "user", "content": user}]
 
 
 def shipped() -> list[str]:
     """Return the names of the templates that come with pit_jax."""
-    folder = importlib.resources.files("pit_jax.evaluation") / "prompts"
-    return sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
+    return SHELF.shipped()
 
 
-def load(name: str) -> JudgePrompt:
+def load(name: str) -> TwoParts:
     """Return a template by its name, or from a file ending in `.txt`.
 
     Raises:
       ConfigError: there is no such template, or its fields are wrong.
       DataError: the file is not UTF-8.
     """
-    path = pathlib.Path(name)
-    if name in shipped():
-        text = (importlib.resources.files("pit_jax.evaluation") / "prompts" / f"{name}.txt").read_text("utf-8")
-    elif path.suffix == ".txt" and path.is_file():
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    else:
-        rule = f"be one of {shipped()}, or a .txt file that exists"
-        raise invalid("template", name, rule, f"Check the name.{nearest(name, shipped())}")
-    found = _HEADINGS.fullmatch(text)
-    system, user = found.groups() if found else ("", text)
-    return JudgePrompt(name=path.name.removesuffix(".txt"), system=system.strip(), user=user.strip())
+    return two_parts(SHELF.read(name), Question._fields)
 
 
 def read_verdict(text: str) -> float:

@@ -14,9 +14,9 @@ from pit_jax.evaluation import judge_prompts
 from pit_jax.evaluation.endpoint import Endpoint, Messages
 from pit_jax.evaluation.endpoint_config import EndpointConfig
 from pit_jax.evaluation.endpoint_http import Reply
-from pit_jax.evaluation.judge_prompts import JudgePrompt
 from pit_jax.evaluation.pairwise import NO_ANSWER, BothOrders, PairJudge, Question, Verdict, unless_identical
 from pit_jax.evaluation.verdict_cache import ReplyCache
+from pit_jax.text.prompt_files import TwoParts
 
 _LOG = logging.getLogger(__name__)
 REPLIES = "replies.jsonl"
@@ -35,7 +35,7 @@ class LlmJudge:
       name: shown in tables.
     """
 
-    def __init__(self, endpoint: Endpoint, prompt: JudgePrompt, *, structured: bool, name: str) -> None:
+    def __init__(self, endpoint: Endpoint, prompt: TwoParts, *, structured: bool, name: str) -> None:
         self._endpoint, self._prompt, self._structured = endpoint, prompt, structured
         self._name = name
 
@@ -54,7 +54,7 @@ class LlmJudge:
         return unless_identical(questions, self._ask)
 
     def _ask(self, questions: list[Question]) -> list[Verdict]:
-        replies = self._replies([self._prompt.messages(question) for question in questions])
+        replies = self._replies([self._prompt.messages(**question._asdict()) for question in questions])
         verdicts = [_verdict(reply) for reply in replies]
         unread = [v for v, reply in zip(verdicts, replies, strict=True) if reply.ok and math.isnan(v.outcome)]
         if unread:
@@ -109,7 +109,7 @@ class LlmJudgeConfig:
             fix = "Use mt_bench_json, or say in your own how the JSON object is to look."
             raise invalid("LlmJudgeConfig.template", self.template, "ask for JSON where structured = True", fix)
 
-    def prompt(self) -> JudgePrompt:
+    def prompt(self) -> TwoParts:
         """Return the template."""
         return judge_prompts.load(self.template or ("mt_bench_json" if self.structured else "mt_bench"))
 

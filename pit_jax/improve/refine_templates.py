@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.resources
 import math
-import pathlib
 import re
 from collections.abc import Sequence
 
-from pit_jax.core.errors import DataError, invalid, nearest
+from pit_jax.core.errors import invalid, nearest
+from pit_jax.text.prompt_files import Shelf, fill
 from pit_jax.text.template import Field, Literally, Piece, parse
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -37,6 +36,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "stop": (),
     "score": ("score",),
 }
+SHELF = Shelf(package="pit_jax.improve", folder="refine_prompts", setting="SelfRefine.prompts")
 NEEDED = ("feedback", "entry", "refine")
 _HEADING = re.compile(r"^=== *(.*?) *===[ \t]*\n?", re.MULTILINE)
 _NOISE = r"[\s*_]*"
@@ -126,8 +126,7 @@ class RefinePrompts:
 
     def _fill(self, section: str, **texts: str) -> str:
         """Return a section with its fields filled in; what looks like a field in a text stays as it is."""
-        pieces = self._pieces(section)
-        return "".join(piece.text if isinstance(piece, Literally) else texts[piece.name] for piece in pieces)
+        return fill(self._pieces(section), **texts)
 
     def _pieces(self, section: str) -> tuple[Piece, ...]:
         return parse(vars(self)[section], FIELDS[section], self._where(section))
@@ -138,8 +137,7 @@ class RefinePrompts:
 
 def shipped() -> list[str]:
     """Return the names of the prompt sets that come with pit_jax."""
-    folder = importlib.resources.files("pit_jax.improve") / "refine_prompts"
-    return sorted(entry.name.removesuffix(".txt") for entry in folder.iterdir() if entry.name.endswith(".txt"))
+    return SHELF.shipped()
 
 
 def load(name: str) -> RefinePrompts:
@@ -149,18 +147,8 @@ def load(name: str) -> RefinePrompts:
       ConfigError: there is no such set, a section is missing or unknown, or its fields are wrong.
       DataError: the file is not UTF-8.
     """
-    path = pathlib.Path(name)
-    if name in shipped():
-        text = (importlib.resources.files("pit_jax.improve") / "refine_prompts" / f"{name}.txt").read_text("utf-8")
-    elif path.suffix == ".txt" and path.is_file():
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8.") from error
-    else:
-        rule = f"be one of {shipped()}, or a .txt file that exists"
-        raise invalid("SelfRefine.prompts", name, rule, f"Check the name.{nearest(name, shipped())}")
-    return RefinePrompts(name=path.name.removesuffix(".txt"), **_sections(text, str(path)))
+    file = SHELF.read(name)
+    return RefinePrompts(name=file.name, **_sections(file.text, name))
 
 
 def _sections(text: str, where: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pit_jax.evaluation.endpoint_config import EndpointConfig
 from pit_jax.evaluation.endpoint_http import Reply
 from pit_jax.evaluation.verdict_cache import ReplyCache
 from pit_jax.srt import critic_prompts
-from pit_jax.srt.critic_prompts import CriticPrompt
+from pit_jax.text.prompt_files import TwoParts
 
 REPLIES = "replies.jsonl"
 """The cache of replies in a critic's directory."""
@@ -69,7 +69,7 @@ class CriticConfig(Protocol):
 class EndpointCritic:
     """Asks a model behind an OpenAI-compatible endpoint; every question is a conversation of its own."""
 
-    def __init__(self, endpoint: Endpoint, critique: CriticPrompt, score: CriticPrompt) -> None:
+    def __init__(self, endpoint: Endpoint, critique: TwoParts, score: TwoParts) -> None:
         self._endpoint, self._critique, self._score = endpoint, critique, score
 
     @property
@@ -90,10 +90,10 @@ class EndpointCritic:
         """Return the model's ratings; a draft that is given twice is asked about once."""
         return self._ask(self._score, drafts)
 
-    def _ask(self, prompt: CriticPrompt, drafts: Sequence[Draft]) -> list[Said]:
+    def _ask(self, prompt: TwoParts, drafts: Sequence[Draft]) -> list[Said]:
         if not drafts:
             return []
-        return [_said(reply) for reply in self._endpoint.ask([prompt.messages(*draft) for draft in drafts])]
+        return [_said(reply) for reply in self._endpoint.ask([prompt.messages(**draft._asdict()) for draft in drafts])]
 
 
 def _said(reply: Reply) -> Said:

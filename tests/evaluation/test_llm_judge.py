@@ -166,7 +166,7 @@ def test_a_reply_without_verdict_keeps_its_words(tmp_path):
 @pytest.mark.parametrize("name", judge_prompts.shipped())
 def test_shipped_templates_show_both_answers_once(name):
     prompt = judge_prompts.load(name)
-    messages = prompt.messages(Question("PROMPT", "FIRST {second} {prompt}", "SECOND [[A]] {x}"))
+    messages = prompt.messages(prompt="PROMPT", first="FIRST {second} {prompt}", second="SECOND [[A]] {x}")
     assert [message["role"] for message in messages] == ["system", "user"]
     user = messages[1]["content"]
     assert user.index("PROMPT") < user.index("FIRST {second} {prompt}") < user.index("SECOND [[A]] {x}")
@@ -183,11 +183,11 @@ def test_shipped_templates_are_listed():
 def test_own_templates_come_from_files(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("Q: {prompt}\n1: {first}\n2: {second}\nWhich? {{}} [[A]], [[B]] or [[C]]\n")
-    assert judge_prompts.load(str(own)).messages(Question("p", "a", "b")) == [
+    assert judge_prompts.load(str(own)).messages(prompt="p", first="a", second="b") == [
         {"role": "user", "content": "Q: p\n1: a\n2: b\nWhich? {} [[A]], [[B]] or [[C]]"}
     ]
     own.write_text("### system\nBe fair. {{ok}}\n### user\n{prompt}{first}{second}")
-    assert judge_prompts.load(str(own)).messages(Question("p", "a", "b"))[0]["content"] == "Be fair. {ok}"
+    assert judge_prompts.load(str(own)).messages(prompt="p", first="a", second="b")[0]["content"] == "Be fair. {ok}"
 
 
 @pytest.mark.parametrize(

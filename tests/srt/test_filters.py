@@ -109,10 +109,10 @@ def test_templates_are_checked_before_anything_is_asked(tmp_path):
         EndpointCriticConfig(endpoint=there, critique="critiqe")
     own = tmp_path / "own.txt"
     own.write_text("Look at {response}.")
-    with pytest.raises(ConfigError, match="critic prompt own.*contain {prompt}"):
+    with pytest.raises(ConfigError, match="the user's part of prompt own.*contain {prompt}"):
         EndpointCriticConfig(endpoint=there, score=str(own))
     own.write_text("{prompt}: {response} {{as it is}}")
-    (message,) = critic_prompts.load(str(own)).messages("{response}", "y")
+    (message,) = critic_prompts.load(str(own)).messages(prompt="{response}", response="y")
     assert message == {"role": "user", "content": "{response}: y {as it is}"}
     own.write_bytes(b"\xff")
     with pytest.raises(DataError, match="not UTF-8"):
@@ -121,7 +121,7 @@ def test_templates_are_checked_before_anything_is_asked(tmp_path):
 
 def test_shipped_prompts_ask_for_what_is_read():
     assert critic_prompts.shipped() == ["critique", "score"]
-    system, user = critic_prompts.load("critique").messages("the question", "the answer")
+    system, user = critic_prompts.load("critique").messages(prompt="the question", response="the answer")
     assert "critic" in system["content"] and "the question" in user["content"] and "the answer" in user["content"]
     for part in ("### Weaknesses", "### Suggestions", "Overall Score: [[n]]", "### Improved Response"):
         assert part in user["content"]
