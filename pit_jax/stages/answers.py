@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -22,9 +23,11 @@ from pit_jax.improve.loop import Judge, first_answers, improve
 from pit_jax.io import files
 from pit_jax.sharding import processes
 from pit_jax.stages import answering, together
+from pit_jax.stages.artifact import RESPONSES
 from pit_jax.stages.run import HeldOut, Run
 from pit_jax.text.codec import Codec
 
+_LOG = logging.getLogger(__name__)
 LEFT_OUT = ".left_out.json"
 """End of the names of files that say what a system could not use."""
 
@@ -52,14 +55,22 @@ def iterated(name: str, iterations: int) -> list[str]:
     return [name if k == 1 else f"{name}_iter{k}" for k in range(1, iterations + 1)]
 
 
-def response_of(codec: Codec, text: str) -> Response:
-    """Return a text as a response: finished, or cut at the longest that the codec has room for."""
-    ids, room = codec.tokenizer.encode(text), codec.lengths.targets
-    return Response(tuple(ids[:room]), finished=len(ids) < room)  # a finished one has EOS as well
+def response_of(codec: Codec, text: str, finished: bool = True) -> Response:
+    """Return a text as a response, cut at the longest that the codec has room for; a finished one has EOS as well."""
+    ids, room = codec.without_eos(codec.tokenizer.encode(text)), codec.lengths.targets
+    return Response(ids[:room], finished and len(ids) < room)
 
 
 class Answers:
     """Answers held-out prompts with the run's models, one file for each response set."""
+
+    @classmethod
+    def of_stage(cls, run: Run, name: str, prompts: int, batch_size: int) -> Answers:
+        """Return the answers of a stage that has begun, to the first held-out prompts; says if there are fewer."""
+        found = run.held_out(prompts)
+        if len(found) < prompts:
+            _LOG.warning("%s: only %d of %d held-out prompts exist", name, len(found), prompts)
+        return cls(run, run.stage_directory(name) / RESPONSES, found, batch_size)
 
     def __init__(self, run: Run, directory: epath.Path, prompts: Sequence[HeldOut], batch_size: int) -> None:
         self.run, self.prompts, self.batch_size = run, prompts, batch_size

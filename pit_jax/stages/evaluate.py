@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,13 +15,11 @@ from pit_jax.evaluation.winrate import Comparison
 from pit_jax.improve.accept import Improve
 from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
-from pit_jax.stages.artifact import RESPONSES
 from pit_jax.stages.jury import Bench, ByGap, Jury, check_bench
 from pit_jax.stages.reporting import write_report
 from pit_jax.stages.run import Run
 from pit_jax.stages.systems import ORIGINAL, BestOf, Improved, Sampled, System, answer_all, check_systems
 
-_LOG = logging.getLogger(__name__)
 Quality = dict[str, dict[float, tuple[float, float, float]]]
 
 
@@ -127,10 +124,7 @@ class Evaluate:
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, compare, write the report; return the row of PIT against the Original."""
         directory = run.begin(self, run.lm, snapshots={})
-        prompts = run.held_out(self.prompts)
-        if len(prompts) < self.prompts:
-            _LOG.warning("%s: only %d of %d held-out prompts exist", self.name, len(prompts), self.prompts)
-        answers = Answers(run, directory / RESPONSES, prompts, self.batch_size)
+        answers = Answers.of_stage(run, self.name, self.prompts, self.batch_size)
         own = (("pit", ORIGINAL), ("pit_raw", ORIGINAL))
         gap = ByGap(gap=self.gap, pairs=own) if self.judge_by_gap else None
         jury = Jury(answers, directory, reward=self.reward, gap=gap, bench=self.bench)

@@ -17,7 +17,7 @@ from pit_jax.evaluation.study_report import StudyReport
 from pit_jax.improve.accept import Improve
 from pit_jax.improve.loop import Judge
 from pit_jax.stages.answers import Answered, Answers
-from pit_jax.stages.artifact import RESPONSES, split_reference
+from pit_jax.stages.artifact import split_reference
 from pit_jax.stages.gap_study import Pair, check_sizes, gaps_of, held_out_pairs, publish, scoring
 from pit_jax.stages.reporting import rerun
 from pit_jax.stages.run import Run
@@ -67,7 +67,7 @@ class ReferenceStudy:
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, score, write the report; return its figures."""
         directory = run.begin(self, run.lm, snapshots={})
-        answers = Answers(run, directory / RESPONSES, run.held_out(self.prompts), self.batch_size)
+        answers = Answers.of_stage(run, self.name, self.prompts, self.batch_size)
         chain = self._chain(answers)
         scales = _Scales(run, self.gap, self.reward, self.batch_size)
         pairs = self._dataset(scales, held_out_pairs(run, self.prompts))

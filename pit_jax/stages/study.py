@@ -12,7 +12,6 @@ from pit_jax.evaluation import report, report_writer
 from pit_jax.evaluation.winrate import Comparison
 from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
-from pit_jax.stages.artifact import RESPONSES
 from pit_jax.stages.jury import Bench, ByGap, Jury, check_bench
 from pit_jax.stages.reporting import facts_of_run, rerun
 from pit_jax.stages.run import Run
@@ -91,10 +90,7 @@ class Study:
     def run(self, run: Run) -> dict[str, Any]:
         """Sample, compare, write the report; return its rows."""
         directory = run.begin(self, run.lm, snapshots={})
-        prompts = run.held_out(self.prompts)
-        if len(prompts) < self.prompts:
-            _LOG.warning("%s: only %d of %d held-out prompts exist", self.name, len(prompts), self.prompts)
-        answers = Answers(run, directory / RESPONSES, prompts, self.batch_size)
+        answers = Answers.of_stage(run, self.name, self.prompts, self.batch_size)
         own = None if self.gap is None else ByGap(gap=self.gap, pairs=self._pairs())
         jury = Jury(answers, directory, reward=self.reward, gap=own, bench=self.bench)
         sets: dict[tuple[str, float], Answered] = {}

@@ -27,6 +27,7 @@ from pit_jax.models.api import ConditionalLM
 from pit_jax.models.decoder_only import DecoderOnlyConfig
 from pit_jax.sharding import processes
 from pit_jax.stages import answering
+from pit_jax.stages.answers import response_of
 from pit_jax.stages.run import Run
 from pit_jax.text.chat import Chat
 from pit_jax.text.chat_template import TemplateChat
@@ -253,7 +254,10 @@ def refined_by(
 
     def response(number: int, k: int) -> Response:
         row = trajectories[number]
-        return originals[number] if min(k, row.rounds) == 0 else _response(codec, row.answer(k))
+        if min(k, row.rounds) == 0:
+            return originals[number]
+        written = row.answer(k)
+        return response_of(codec, written.text, written.finished)
 
     return Refined(
         answers=[[response(n, k) for n in range(len(trajectories))] for k in range(1, config.iterations + 1)],
@@ -261,12 +265,6 @@ def refined_by(
         trajectories=trajectories,
         counts=counts,
     )
-
-
-def _response(codec: Codec, written: Written) -> Response:
-    """Return a text as a response of a run's models; a finished one must leave room for its EOS."""
-    ids, room = codec.without_eos(codec.tokenizer.encode(written.text)), codec.lengths.targets
-    return Response(ids[:room], written.finished and len(ids) < room)
 
 
 def _chat(run: Run, form: str, prompts: Sequence[Sequence[int]]) -> Chat | None:
