@@ -28,7 +28,11 @@ your own data
   pit-jax inspect-data --gin_file=my.gin --view=sft_improver    what the model is trained on, mask visible
   pit-jax pipeline --gin_file=my.gin --gin.MODEL_DIR="'runs/mine'"
 
+look closer
+  pit-jax pipeline --gin_file=studies/main_table.gin --gin.MODEL_DIR="'runs/demo'"        all systems, by all judges
+
 use what was trained
+  pit-jax improve --checkpoint=runs/demo                                  type prompts, see what changes
   pit-jax improve --checkpoint=runs/demo --input=drafts.jsonl --output=better.jsonl
   pit-jax serve --checkpoint=runs/demo                                    OpenAI's API on localhost:8000
   pit-jax convert --input=runs/mine/rl_improver --output=improver_hf      for transformers, vLLM, ...
@@ -50,7 +54,7 @@ _GIN_EXAMPLE = """\
 example
   pit-jax {verb} --gin_file={recipe} --gin.MODEL_DIR="'runs/mine'"{more}
 
-recipes that come with pit_jax
+recipes that come with pit_jax, and studies that go on from one
   {recipes}
 """
 
@@ -205,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _gin_epilog(verb: str, more: str = "", recipe: str = "recipes/demo.gin") -> str:
-    return _GIN_EXAMPLE.format(verb=verb, more=more, recipe=recipe, recipes="\n  ".join(shipped.recipes()) or "(none)")
+    return _GIN_EXAMPLE.format(
+        verb=verb, more=more, recipe=recipe, recipes="\n  ".join([*shipped.recipes(), *shipped.studies()]) or "(none)"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:

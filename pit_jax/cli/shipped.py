@@ -31,7 +31,16 @@ def gin_directory() -> Path:
 
 def recipes() -> list[str]:
     """Return the shipped recipes as they are named on the command line."""
-    return sorted(path.relative_to(gin_directory()).as_posix() for path in gin_directory().glob("recipes/*.gin"))
+    return _named("recipes/*.gin")
+
+
+def studies() -> list[str]:
+    """Return the shipped studies as they are named on the command line."""
+    return _named("studies/*.gin")
+
+
+def _named(pattern: str) -> list[str]:
+    return sorted(path.relative_to(gin_directory()).as_posix() for path in gin_directory().glob(pattern))
 
 
 class TaskFinder(importlib.abc.MetaPathFinder):

@@ -13,8 +13,7 @@ from pit_jax.stages.pipeline import Recipe
 
 from . import shrunk
 
-FILES = sorted(shipped.gin_directory().glob("studies/*.gin"))
-STUDIES = [path.stem for path in FILES]
+STUDIES = [pathlib.Path(name).stem for name in shipped.studies()]
 PUBLISHED = {
     "main_table",
     "curriculum",
@@ -59,7 +58,7 @@ def test_a_study_goes_on_from_the_demo(name: str) -> None:
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_header_has_the_command(name: str) -> None:
-    text = FILES[STUDIES.index(name)].read_text()
+    text = (shipped.gin_directory() / "studies" / f"{name}.gin").read_text()
     assert f"pit-jax pipeline --gin_file=studies/{name}.gin" in text
 
 
