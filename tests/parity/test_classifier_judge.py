@@ -216,7 +216,8 @@ def test_verdicts_and_the_tie_rule(places, tmp_path):
     outcomes = [v.outcome for v in found.verdicts(questions)]
     scores = judge(places["deberta1"]).scores(PROMPTS * 2, RESPONSES + [RESPONSES[0]] * 12).reshape(2, 12)
     difference = np.where([y == RESPONSES[0] for y in RESPONSES], 0, scores[0] - scores[1])
-    assert outcomes == np.sign(difference).tolist() and {1.0, -1.0, 0.0} == set(outcomes)
+    # Whether the first response is the best, the worst or neither is up to the random weights.
+    assert outcomes == np.sign(difference).tolist() and {0.0} < set(outcomes)
     margin = float(np.median(np.abs(difference)))
     tied = dataclasses.replace(config, margin=margin).build(tmp_path, progress=False)
     expected = np.where(np.abs(difference) > margin, np.sign(difference), 0)
