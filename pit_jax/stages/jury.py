@@ -25,6 +25,7 @@ from pit_jax.evaluation.report_parts import LengthRow, Rated, length_row, rate
 from pit_jax.evaluation.reward_judge import GapJudge, RewardJudge
 from pit_jax.evaluation.winrate import Comparison, ResponseSet
 from pit_jax.io import files
+from pit_jax.sharding import processes
 from pit_jax.stages import together
 from pit_jax.stages.answers import Answered, Answers
 from pit_jax.stages.artifact import split_reference
@@ -74,11 +75,13 @@ def check_bench(bench: Sequence[Bench], made: Sequence[str]) -> None:
 class Compares:
     """A judge of pairs in a jury.
 
-    everywhere: all processes run it together, for it is one of the run's own models; else process 0 alone asks.
+    judge: None where another process asks. everywhere: all processes run it together, for it is one of the run's own
+      models; else process 0 alone asks.
     pairs, prompts: see `Bench`.
     """
 
-    judge: PairJudge
+    name: str
+    judge: PairJudge | None
     pairs: tuple[tuple[str, str], ...]
     everywhere: bool = False
     prompts: int | None = None
@@ -131,14 +134,16 @@ class Jury:
         if gap is not None:
             name = epath.Path(split_reference(gap.gap)[0]).name
             own = GapJudge(name=name, codec=self.run.codec, score=self.answers.judge(gap.gap, "gap"))
-            found.append(Compares(judge=own, pairs=gap.pairs, everywhere=True))
+            found.append(Compares(name=name, judge=own, pairs=gap.pairs, everywhere=True))
         for entry in bench:
-            judge = entry.judge.build(self.run.directory / JUDGES)
-            found.append(Compares(judge=judge, pairs=entry.pairs, prompts=entry.prompts))
-        names = [*self.scoring, *(entry.judge.name for entry in found)]
+            # Process 0 alone loads a classifier, and opens the file of replies.
+            judge = entry.judge.build(self.run.directory / JUDGES) if processes.is_first() else None
+            name = processes.first("name of a judge", lambda judge=judge: judge and judge.name)
+            found.append(Compares(name=name, judge=judge, pairs=entry.pairs, prompts=entry.prompts))
+        names = [*self.scoring, *(entry.name for entry in found)]
         if len(set(names)) < len(names):
             raise invalid("Bench.judge.name", names, "differ from the other judges'", "Give one of them another name.")
-        return {entry.judge.name: entry for entry in found}
+        return {entry.name: entry for entry in found}
 
     def pairs(self, judge: str) -> tuple[tuple[str, str], ...]:
         """Return the (candidate, baseline) response sets that one of `comparing` is asked about."""
@@ -191,12 +196,13 @@ class Jury:
         """
         sides = (self.texts, self.as_set(candidate).responses, self.as_set(baseline).responses)
         questions = [Question(*each) for each in zip(*sides, strict=True)][: asked.prompts]
-        name = asked.judge.name
+        name, judge = asked.name, asked.judge
         path = self._directory / _file_name(name) / f"{_set_name(candidate)}_against_{_set_name(baseline)}.jsonl"
-        own = asked.judge.verdicts(questions) if asked.everywhere else None
+        own = judge.verdicts(questions) if judge is not None and asked.everywhere else None
 
         def write() -> None:
-            _write_verdicts(path, questions, asked.judge.verdicts(questions) if own is None else own)
+            assert judge is not None  # this is process 0
+            _write_verdicts(path, questions, judge.verdicts(questions) if own is None else own)
 
         together.write(f"verdicts of {name}", write, path)
         return [*_read_verdicts(path), *(Verdict(pairwise.NO_ANSWER) for _ in self.texts[len(questions) :])]
@@ -217,10 +223,12 @@ class Jury:
         return [*scoring, *(self._facts(name) for name in self.comparing)]
 
     def _facts(self, name: str) -> JudgeFacts:
-        asked, most = self.comparing[name], self.comparing[name].prompts
+        judge, most = self.comparing[name].judge, self.comparing[name].prompts
+        if judge is None:
+            return JudgeFacts(name=name, kind="asked by process 0, which writes the report")
         said = [verdict for key, found in self._verdicts.items() if key[-1] == name for verdict in found[:most]]
         unanswered = sum(np.isnan(verdict.outcome) for verdict in said)
-        return facts_of(asked.judge, questions=len(said), unanswered=int(unanswered))
+        return facts_of(judge, questions=len(said), unanswered=int(unanswered))
 
     def agreement(self, pairs: Sequence[tuple[Answered, Answered]]) -> Agreement | None:
         """Return how far all judges agree on these pairs; who was not asked abstains. None for one judge alone."""
