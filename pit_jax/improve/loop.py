@@ -66,13 +66,14 @@ def sample_keys(seed: int, stream: str, iteration: int, prompts: Sequence[int], 
 
 
 def first_answers(
-    policy: Answerer, codec: Codec, prompts: Sequence[Sequence[int]], seed: int, sample: int = 0
+    policy: Answerer, codec: Codec, prompts: Sequence[Sequence[int]], seed: int, sample: int = 0, start: int = 0
 ) -> list[Response]:
     """Return y_0 ~ M_P(. | x) for every prompt (raw ids): the Original that improvement starts from.
 
-    `sample` 1, 2, ... are further samples: those that `baselines.best_of_n` chooses from.
+    `sample` 1, 2, ... are further samples: those that `baselines.best_of_n` chooses from. `start` is the number of the
+    first prompt, where these are a portion of more.
     """
-    keys = sample_keys(seed, "answers", 0, range(len(prompts)), sample + 1)[sample :: sample + 1]
+    keys = sample_keys(seed, "answers", 0, range(start, start + len(prompts)), sample + 1)[sample :: sample + 1]
     return policy([codec.policy_prompt(prompt) for prompt in prompts], keys)
 
 

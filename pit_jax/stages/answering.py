@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 from jax.sharding import Mesh
 
 from pit_jax.decode.batches import Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
+from pit_jax.improve.loop import Judge
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ScalarModel
 from pit_jax.sharding.place import row_parts
@@ -64,6 +66,15 @@ def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size:
     """
     model = run.reward_model(reference, "bt" if kind == "policy" else "gap")
     return make_scorer(model, run.codec, kind, shared_out(run.mesh, batch_size), run.mesh)
+
+
+def scores_by(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size: int) -> Judge:
+    """Return the scoring function of a reward stage, for prompts of kind "policy" (R_P) or "gap" (R_PIT).
+
+    Raises:
+      CheckpointError: the stage is no reward model of that kind.
+    """
+    return functools.partial(scorer(run, reference, kind, batch_size).score, run.params(reference))
 
 
 def shared_out(mesh: Mesh, rows: int) -> int:

@@ -127,10 +127,9 @@ class Answers:
 
         return self.kept([name], temperature, make)[0]
 
-    def judge(self, reward: str, kind: str) -> Judge:
+    def judge(self, reward: str, kind: Literal["policy", "gap"]) -> Judge:
         """Return the scoring function of a reward stage for policy or gap prompts."""
-        scorer = answering.scorer(self.run, reward, "gap" if kind == "gap" else "policy", self.batch_size)
-        return functools.partial(scorer.score, self.run.params(reward))
+        return answering.scores_by(self.run, reward, kind, self.batch_size)
 
     def rewards(self, judge: Judge, answered: Answered) -> Float[np.ndarray, " n"]:
         """Return R_P of every response."""

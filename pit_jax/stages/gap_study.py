@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -185,16 +184,10 @@ def labelled(run: Run, pairs: Sequence[Pair]) -> Labelled:
     )
 
 
-def scoring(run: Run, reference: str, kind: str, batch_size: int) -> Judge:
-    """Return the scoring function of a reward stage, for prompts of kind "policy" (R_P) or "gap" (R_PIT).
-
-    Raises:
-      CheckpointError: the stage is no reward model of that kind.
-    """
-    place, _ = split_reference(reference)
-    _LOG.info("scores by %s", place)
-    scorer = answering.scorer(run, reference, "gap" if kind == "gap" else "policy", batch_size)
-    return functools.partial(scorer.score, run.params(reference))
+def scoring(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size: int) -> Judge:
+    """Return the scoring function of a reward stage, and say which it is: scores take a while."""
+    _LOG.info("scores by %s", split_reference(reference)[0])
+    return answering.scores_by(run, reference, kind, batch_size)
 
 
 def gaps_of(

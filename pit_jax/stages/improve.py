@@ -18,7 +18,7 @@ from pit_jax.data.readers import OnBadRecord, ReadConfig, ReadReport, read_objec
 from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.improve.accept import Improve
-from pit_jax.improve.loop import Answerer, Judge, Trajectory, improve, sample_keys
+from pit_jax.improve.loop import Answerer, Judge, Trajectory, first_answers, improve
 from pit_jax.io import files, serialize
 from pit_jax.io.progress import Progress
 from pit_jax.models.heads import ScalarModel
@@ -166,8 +166,8 @@ class Improver:
                 "every prompt."
             )
         sampler = self.sampler("policy", temperature, rows)
-        keys = sample_keys(seed, "answers", 0, range(start, start + len(prompts)), 1)
-        return sampler.answer(self._policy_params, [self.codec.policy_prompt(prompt) for prompt in prompts], keys)
+        answerer = functools.partial(sampler.answer, self._policy_params)
+        return first_answers(answerer, self.codec, prompts, seed, start=start)
 
     @functools.cached_property
     def _policy_params(self) -> Params:

@@ -10,8 +10,8 @@ from pit_jax.data.collate import all_batches
 from pit_jax.data.open import DataSpec, open_examples, open_source
 from pit_jax.stages import together
 from pit_jax.stages.run import Run
-from pit_jax.stages.sft import likelihood
-from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
+from pit_jax.stages.sft import likelihoods
+from pit_jax.stages.supervised import Learning, Trainer, Training, initial_params, mean_over, train
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.train.loop import finished
@@ -55,16 +55,7 @@ class LanguageModel:
 
     def learning(self, run: Run) -> Learning:
         """Return what is trained, and on batches of which form."""
-        objective = likelihood(run.whole, self.z_loss)
-        collator, held_out = collators("lm", self.codec(run), self.training)
-        return Learning(
-            network=run.whole,
-            objective=objective,
-            measure=objective,
-            training=self.training,
-            collator=collator,
-            held_out=held_out,
-        )
+        return likelihoods(run.whole, "lm", self.codec(run), self.training, self.z_loss)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""

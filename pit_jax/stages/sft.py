@@ -15,6 +15,7 @@ from pit_jax.losses.cross_entropy import cross_entropy
 from pit_jax.models.api import ConditionalLM
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
+from pit_jax.text.codec import Codec
 from pit_jax.train.loop import finished
 from pit_jax.train.step import Objective
 
@@ -52,17 +53,7 @@ class Sft:
 
     def learning(self, run: Run) -> Learning:
         """Return what is trained, and on batches of which form."""
-        lm = run.lm_of(self)
-        objective = likelihood(lm, self.z_loss)
-        collator, held_out = collators(self.view, run.codec, self.training)
-        return Learning(
-            network=lm,
-            objective=objective,
-            measure=objective,
-            training=self.training,
-            collator=collator,
-            held_out=held_out,
-        )
+        return likelihoods(run.lm_of(self), self.view, run.codec, self.training, self.z_loss)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics."""
@@ -79,6 +70,15 @@ class Sft:
         )
         train(trainer, initial_params(run, self))
         return finished(directory) or {}
+
+
+def likelihoods(lm: ConditionalLM, view: TrainingView, codec: Codec, training: Training, z_loss: float) -> Learning:
+    """Return the learning of responses to prompts: of a view's examples, with a codec."""
+    objective = likelihood(lm, z_loss)
+    collator, held_out = collators(view, codec, training)
+    return Learning(
+        network=lm, objective=objective, measure=objective, training=training, collator=collator, held_out=held_out
+    )
 
 
 def likelihood(lm: ConditionalLM, z_loss: float) -> Objective:

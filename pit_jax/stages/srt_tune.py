@@ -18,9 +18,9 @@ from pit_jax.srt.critique import Drop
 from pit_jax.srt.text import SrtCodec, SrtText
 from pit_jax.stages import together
 from pit_jax.stages.run import Run
-from pit_jax.stages.sft import likelihood
+from pit_jax.stages.sft import likelihoods
 from pit_jax.stages.srt_files import RECORDS, SrtRecord, read_records
-from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
+from pit_jax.stages.supervised import Learning, Trainer, Training, initial_params, mean_over, train
 from pit_jax.train.loop import finished
 
 _LOG = logging.getLogger(__name__)
@@ -64,17 +64,8 @@ class SrtTune:
 
     def learning(self, run: Run) -> Learning:
         """Return what is trained, and on batches of which form."""
-        lm = run.lm_of(self)
-        objective = likelihood(lm, self.z_loss)
-        collator, held_out = collators(_VIEW, SrtCodec(self.text, run.codec).codec, self.training)
-        return Learning(
-            network=lm,
-            objective=objective,
-            measure=objective,
-            training=self.training,
-            collator=collator,
-            held_out=held_out,
-        )
+        codec = SrtCodec(self.text, run.codec).codec
+        return likelihoods(run.lm_of(self), _VIEW, codec, self.training, self.z_loss)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, or only report what is finished; return the last metrics, and the records' counts."""
