@@ -159,7 +159,7 @@ class Rl:
         state, shardings = initial_state(run, network, trained, self.training.optimizer, self.updates)
         del start, trained  # the state has a copy: a further set of parameters must not lie about while training
         kept = Checkpoints(directory / SNAPSHOTS, keep=None, asynchronous=False)
-        parts = self._parts(run, self.step(run, shardings), kept, held_out_judge(run, self, frozen))
+        parts = self.parts(run, self.step(run, shardings), kept, held_out_judge(run, self, frozen))
         program = RlProgram(parts, frozen, _LOG.warning)
         state = fit(program, state, self.training.loop(self.curriculum.steps), run_files(run, self.name))
         program.keep_snapshot(state, self.curriculum.steps)
@@ -200,7 +200,8 @@ class Rl:
         """Rows of the sampling program: a step that has fewer samples than `rollout_batch` does not fill it up."""
         return min(self.training.rollout_batch, self.training.contexts * self.rl.samples_per_prompt)
 
-    def _parts(self, run: Run, step: Step, kept: Checkpoints, held_out: HeldOut) -> Parts:
+    def parts(self, run: Run, step: Step, kept: Checkpoints, held_out: HeldOut) -> Parts:
+        """Return what the stage's program is made of; `step` updates, `kept` gets snapshots, `held_out` judges."""
         training = self.training
         answerers = self.answerers(run, rows=self.rollout_rows, references=training.contexts)
         return Parts(

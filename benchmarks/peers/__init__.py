@@ -1,0 +1,1 @@
+"""The same work as the benchmarks of speed, done by other projects."""

@@ -1,0 +1,1 @@
+"""What the benchmarks of speed share: shapes, work, counts, clocks and records."""
