@@ -70,9 +70,7 @@ def main() -> None:
             lines.append(document_row(work, arguments.shape, ours, found))
     print(records.table(DOCUMENT_HEADS, lines))
     machine = records.machine()
-    print(
-        f"\ncommand: {records.command()}\nmachine: {machine['processor']}, {machine['cores']} cores, {machine['system']}"
-    )
+    print(f"\ncommand: {records.command()}\nmachine: {records.machine_line()}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -153,7 +151,7 @@ def pooled(several: Sequence[Record]) -> Record:
         first_step=statistics.median(one.first_step for one in several),
         disturbance=max(one.disturbance for one in several),
         memory=max(one.memory for one in several),
-        device_memory=max((one.device_memory or 0 for one in several)) or None,
+        device_memory=max(one.device_memory or 0 for one in several) or None,
         phases=phases,
     )
 

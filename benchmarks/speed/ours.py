@@ -148,9 +148,5 @@ def report(found: Record) -> str:
             f"ceilings: products {limits['matmul'] / 1e9:,.0f} GFLOP/s, copies {limits['copy'] / 1e9:,.1f} GB/s; "
             + ", ".join(f"{name} {value:.1%}" for name, value in shares.items())
         )
-    machine = record.machine()
-    lines += [
-        f"command: {record.command()}",
-        f"machine: {machine['processor']}, {machine['cores']} cores, {found.device}",
-    ]
+    lines += [f"command: {record.command()}", f"machine: {record.machine_line()}; {found.device}"]
     return "\n".join(lines)

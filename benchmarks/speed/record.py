@@ -122,6 +122,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def machine_line() -> str:
+    """Return the same in a line, without the load."""
+    found = machine()
+    return f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['system']}"
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Return the versions of installed packages."""
     return {package: metadata.version(package) for package in packages}
