@@ -69,7 +69,6 @@ def main() -> None:
         if ours := best(found, "pit_jax"):
             lines.append(document_row(work, arguments.shape, ours, found))
     print(records.table(DOCUMENT_HEADS, lines))
-    machine = records.machine()
     print(f"\ncommand: {records.command()}\nmachine: {records.machine_line()}")
 
 

@@ -87,7 +87,7 @@ def _generation(work: Work, variant: str) -> dict[str, Any]:
     found = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True, max_new_tokens=work.response)
     if variant == "static":
         compiling = transformers.generation.CompileConfig(mode="default")  # type: ignore[attr-defined]
-        compiling._compile_all_devices = True
+        compiling._compile_all_devices = True  # type: ignore[attr-defined]
         found |= dict(cache_implementation="static", compile_config=compiling)
     return found
 

@@ -19,6 +19,7 @@ from benchmarks.speed.shapes import Shape
 from benchmarks.speed.work import Work, rollout_floor
 from pit_jax.core.metric import Metrics
 from pit_jax.io.writers import TIMING
+from pit_jax.stages.run import Run
 
 Phases = Mapping[str, list[float]]
 
@@ -91,9 +92,7 @@ def timings(metrics: Metrics) -> dict[str, float]:
     }
 
 
-def _rollouts(
-    run: product.MadeUpRun, work: Work, laps: Laps, arguments: argparse.Namespace
-) -> tuple[Phases, dict[str, Any]]:
+def _rollouts(run: Run, work: Work, laps: Laps, arguments: argparse.Namespace) -> tuple[Phases, dict[str, Any]]:
     """Time rollouts, and rollouts of one token: what is left of a rollout without it is decoding."""
     rollouts = product.Rollouts(run, work, arguments.mean_length)
     lengths = []

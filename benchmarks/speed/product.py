@@ -88,7 +88,7 @@ class MadeUpRun(Run):
 
 
 @contextlib.contextmanager
-def made_up_run(config: ModelConfig, work: Work) -> Iterator[MadeUpRun]:
+def made_up_run(config: ModelConfig, work: Work) -> Iterator[Run]:
     """Open a run on random text whose rows have exactly the lengths of the work; its files go at the end.
 
     A byte is a token; the template of the gap reward adds one, which stands for a reference's end-of-sequence token.

@@ -146,6 +146,8 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     Raises:
       ValueError: a row has another number of cells than the head.
     """
+    if any(len(row) != len(heads) for row in rows):
+        raise ValueError(f"every row must have the {len(heads)} cells of the head, found {[len(row) for row in rows]}")
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = [heads, ["-" * max(width, 3) for width in widths], *rows]
     return "\n".join(
