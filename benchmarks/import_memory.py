@@ -1,6 +1,7 @@
 """Host memory and time of importing a generated Hugging Face checkpoint, on whatever jax calls its default device.
 
     python benchmarks/import_memory.py [--gigabytes 2.1] [--shard_gigabytes 100] [--dtype float32] [--directory DIR]
+                                       [--output DIR]
 
 On a CPU the parameters themselves lie in host memory: what is to be small there is the peak beyond them.
 """
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--shard_gigabytes", type=float, default=100.0)
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32")
     parser.add_argument("--directory", type=Path, default=None, help="where the checkpoint is written for the while")
+    parser.add_argument("--output", type=Path, default=None, help="directory for import.json")
     parser.add_argument("--measure", type=Path, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure is not None:
@@ -104,13 +106,19 @@ def main() -> None:
         found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     total, largest, grown = sum(sizes), max(sizes), found["grown"]
     print(f"checkpoint {total / 1e9:.2f} GB in {len(sizes)} files, the largest {largest / 1e9:.2f} GB")
-    print(f"parameters {found['parameters'] / 1e9:.2f} GB; imported in {found['seconds']:.1f} s")
+    rate = total / found["seconds"] / 1e9
+    print(f"parameters {found['parameters'] / 1e9:.2f} GB; imported in {found['seconds']:.1f} s, {rate:.2f} GB/s")
     print(f"resident memory before {found['before'] / 1e9:.2f} GB, at its peak {grown / 1e9:.2f} GB more:")
     print(f"  {grown / largest:.3f} x the largest file")
     beyond = grown - found["parameters"]
     print(
         f"  beyond the parameters (on a CPU in host memory): {beyond / 1e6:.0f} MB, {beyond / largest:.3f} x that file"
     )
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        written = found | {"checkpoint": total, "largest_file": largest, "gigabytes_per_second": rate}
+        written["command"] = " ".join(["python", *sys.argv])
+        (arguments.output / "import.json").write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -141,6 +141,24 @@ def decoding_bytes(shape: Shape, work: Work) -> int:
     return shape.itemsize * (weights + work.rows * shape.cache_entries * live)
 
 
+def updating_bytes(shape: Shape) -> int:
+    """Return the fewest bytes of an update with AdamW in float32, activations left out.
+
+    Weights are read in the forward and in the backward pass as they are computed with; a gradient is written and read;
+    parameters and two moments are read and written.
+    """
+    return shape.parameters * (2 * shape.itemsize + 2 * 4 + 2 * 3 * 4)
+
+
+def least_bytes(shape: Shape, work: Work) -> int:
+    """Return the fewest bytes of memory that a step must move, activations left out."""
+    weights = shape.itemsize * (shape.layer_weights + shape.head_weights)
+    if work.kind in ("sft", "gap"):
+        return updating_bytes(shape)
+    sampled = weights + decoding_bytes(shape, work)
+    return sampled if work.kind == "rollout" else sampled + 2 * weights + updating_bytes(shape)
+
+
 def rollout_floor(shape: Shape, work: Work, *, matmul: float, bandwidth: float) -> tuple[float, float]:
     """Return the least seconds of (prefill, decoding): by operations a second, and by bytes a second."""
     slowest = max(decoding_bytes(shape, work) / bandwidth, decoding(shape, work) / matmul)
