@@ -108,7 +108,7 @@ def draw_phases(axes: Axes, found: Sequence[Record]) -> None:
     """Draw a bar for each program, cut into the phases of its step; what no phase has is "other"."""
     names = list(dict.fromkeys(name for one in found for name in one.phases))
     labels = [f"{one.by} {one.variant}".strip() for one in found]
-    palette = dict(zip([*names, "other"], plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    palette = {name: f"C{number}" for number, name in enumerate(names)} | {"other": "#c8c8c8"}
     left = np.zeros(len(found))
     for name in [*names, "other"]:
         spent = np.array([_spent(one, name) for one in found])

@@ -16,6 +16,7 @@ from pit_jax.plan import cost, hlo
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.stages.pipeline import Recipe, Stage
 from pit_jax.stages.programs import Program, stage_programs
+from pit_jax.text.codec import Lengths
 from tests.stages import small
 
 VOCABULARY, CHUNK = 4000, 500
@@ -84,8 +85,9 @@ STEPS = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW[:
 
 def whole_logits() -> int:
     """Return the entries of the logits of all response tokens of a device."""
-    rows = small.training().batch_size // DEVICES
-    return rows * small.experiment().lengths.targets * VOCABULARY
+    lengths = small.experiment().lengths
+    assert isinstance(lengths, Lengths)
+    return small.training().batch_size // DEVICES * lengths.targets * VOCABULARY
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
