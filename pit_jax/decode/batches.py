@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +18,7 @@ from pit_jax.core.types import Conditional, Params, Prompts, Samples
 from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
-from pit_jax.sharding.place import fetch, put_batch
+from pit_jax.sharding.place import fetch, in_turn, put_batch
 from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
 
 
@@ -186,13 +186,26 @@ class Scorer:
         r_gap(y, y_ref | x). A finished response is read with its EOS, as in training; one that was cut off
         has none. An empty finished response is its EOS alone.
         """
+        return self.begin(params, rows, answers)()
+
+    def begin(
+        self, params: Params, rows: Sequence[PromptRow], answers: Sequence[Response]
+    ) -> Callable[[], Float[np.ndarray, " N"]]:
+        """Start scoring, and return what waits for the scores and gives them; arguments as of `score`."""
         closed = [answer.closed(self.eos_id) for answer in answers]
-        scores = np.zeros(len(rows), np.float32)
+        parts: list[tuple[Int[np.ndarray, " n"], jax.Array]] = []
         for index, real in chunks(len(rows), self.batch_size):
             prompts = rows_to_prompts([rows[i] for i in index], self.width, self.pad_id)
             batch = with_answers(prompts, [closed[i] for i in index], self.length, self.pad_id)
-            scores[index[:real]] = fetch(_score(params, _place(batch, self.mesh), self.model))[:real]
-        return scores
+            parts.append((index[:real], in_turn(_score(params, _place(batch, self.mesh), self.model))))
+
+        def wait() -> Float[np.ndarray, " N"]:
+            scores = np.zeros(len(rows), np.float32)
+            for index, part in parts:
+                scores[index] = fetch(part)[: len(index)]
+            return scores
+
+        return wait
 
 
 def _place(batch: Any, mesh: Mesh | None) -> Any:

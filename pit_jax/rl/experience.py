@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key
 
 from pit_jax.core import metric
@@ -21,7 +22,7 @@ from pit_jax.losses.value import clipped_value_loss
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
 from pit_jax.rl.config import RlConfig
-from pit_jax.sharding.place import fetch
+from pit_jax.sharding.place import batch_shardings, check_rows, in_turn
 from pit_jax.train.step import Objective
 
 _EPS = 1e-6
@@ -82,10 +83,14 @@ def split(tree: Any, parts: int) -> Any:
       ConfigError: `parts` does not divide N.
     """
     rows = jax.tree.leaves(tree)[0].shape[0]
+    _check_parts(rows, parts)
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, rows // parts, *leaf.shape[1:]), tree)
+
+
+def _check_parts(rows: int, parts: int) -> None:
     if rows % parts:
         fix = "Change the prompts per step, the samples per prompt, the minibatches or the micro-batches."
         raise invalid("micro-batches x minibatches", parts, f"divide the {rows} samples of a step", fix)
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, rows // parts, *leaf.shape[1:]), tree)
 
 
 def _join(tree: Any) -> Any:
@@ -194,23 +199,39 @@ def _correlation(x: Float[Array, " N"], y: Float[Array, " N"]) -> Float[Array, "
     return jnp.where(scale > 0, jnp.sum(x * y) / jnp.where(scale > 0, scale, 1.0), 0.0)
 
 
-def batches(experience: Experience, config: RlConfig, microbatches: int, key: Key[Array, ""]) -> Iterator[Experience]:
-    """Yield the batch of every update of a step as NumPy arrays, leaves `[A, B, ...]` with A = `microbatches`.
+def batches(
+    experience: Experience, config: RlConfig, microbatches: int, key: Key[Array, ""], mesh: Mesh
+) -> Iterator[Experience]:
+    """Yield the batch of every update of a step, on the mesh's devices: leaves `[A, B, ...]` with A = `microbatches`.
 
-    Each epoch is a new permutation of the samples, cut into minibatches; a single update takes all in order.
+    Each epoch is a new permutation of the samples, cut into minibatches; a single update takes all in order. Nothing
+    is waited for.
+
+    Raises:
+      ConfigError: the samples cannot be cut evenly, or an update's rows not be shared out over the mesh.
     """
-    # Rows of one update lie on devices of other hosts; on the host, choosing among all of them is the same anywhere.
-    experience = fetch(experience)
-    rows = experience.advantage.shape[0]
+    cut, rows = _cutter(mesh), experience.advantage.shape[0]
+    parts = config.minibatches * microbatches
+    _check_parts(rows, parts)
+    check_rows(rows // parts, mesh)
     for epoch in range(config.epochs):
-        samples = experience
-        if config.updates > 1:
-            order = fetch(jax.random.permutation(jax.random.fold_in(key, epoch), rows))
-            samples = jax.tree.map(lambda leaf, order=order: leaf[order], experience)
-        cut = split(samples, config.minibatches * microbatches)
+        order = None if config.updates == 1 else jax.random.permutation(jax.random.fold_in(key, epoch), rows)
         for number in range(config.minibatches):
-            part = slice(number * microbatches, (number + 1) * microbatches)
-            yield jax.tree.map(lambda leaf, part=part: leaf[part], cut)
+            yield in_turn(cut(experience, order, number, config.minibatches, microbatches))
+
+
+@functools.lru_cache(maxsize=64)
+def _cutter(mesh: Mesh) -> Callable[[Experience, Array | None, int, int, int], Experience]:
+    """Return the program that cuts one update's micro-batches out of a step's samples, taken in an order."""
+
+    def cut(tree: Experience, order: Array | None, number: Array, minibatches: int, microbatches: int) -> Experience:
+        parts = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * microbatches, microbatches),
+            split(tree if order is None else jax.tree.map(lambda leaf: leaf[order], tree), minibatches * microbatches),
+        )
+        return jax.lax.with_sharding_constraint(parts, batch_shardings(parts, mesh, row_axis=1))
+
+    return jax.jit(cut, static_argnums=(3, 4))
 
 
 def objective(lm: ConditionalLM, config: RlConfig) -> Objective:

@@ -1,8 +1,11 @@
-"""What a response is worth: R_P(x, y) for the policy, R_PIT(x, y, y_ref) for the improver."""
+"""What a response is worth: R_P(x, y) for the policy, R_PIT(x, y, y_ref) for the improver.
+
+Each function starts the scoring and returns what waits for the scores, so that the devices are not kept waiting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -12,23 +15,26 @@ from pit_jax.decode.batches import Response, Scorer
 from pit_jax.rl.curriculum import Context
 from pit_jax.text.codec import Codec
 
+Pending = Callable[[], Float[np.ndarray, " N"]]
+"""Waits for scores that are being computed, and returns them."""
+
 
 def policy_reward(
     scorer: Scorer, params: Params, codec: Codec, prompts: Sequence[Sequence[int]], answers: Sequence[Response]
-) -> Float[np.ndarray, " N"]:
-    """Return R_P(x, y) for every prompt (raw ids, once per answer) and its answer."""
-    return scorer.score(params, [codec.policy_prompt(prompt) for prompt in prompts], answers)
+) -> Pending:
+    """Start R_P(x, y) for every prompt (raw ids, once per answer) and its answer."""
+    return scorer.begin(params, [codec.policy_prompt(prompt) for prompt in prompts], answers)
 
 
 def gap_reward(
     scorer: Scorer, params: Params, codec: Codec, contexts: Sequence[Context], answers: Sequence[Response]
-) -> Float[np.ndarray, " N"]:
-    """Return r_gap(y, y_ref | x) for every context (x, y_ref) (once per answer) and its answer y."""
-    return scorer.score(params, [codec.gap_prompt(*context) for context in contexts], answers)
+) -> Pending:
+    """Start r_gap(y, y_ref | x) for every context (x, y_ref) (once per answer) and its answer y."""
+    return scorer.begin(params, [codec.gap_prompt(*context) for context in contexts], answers)
 
 
-def calibration(scorer: Scorer, params: Params, codec: Codec, contexts: Sequence[Context]) -> Float[np.ndarray, " X"]:
-    """Return r_gap(y_ref, y_ref | x), the gap model's own zero, for every context.
+def calibration(scorer: Scorer, params: Params, codec: Codec, contexts: Sequence[Context]) -> Pending:
+    """Start r_gap(y_ref, y_ref | x), the gap model's own zero, for every context.
 
     Only differences of gaps mean anything, so this is what a gap is compared with (METHOD, reward models).
     """

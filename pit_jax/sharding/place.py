@@ -68,23 +68,44 @@ def put_batch(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
     Raises:
       ConfigError: the rows cannot be shared out evenly.
     """
-    parts = row_parts(mesh)
     rows = batch.inputs if isinstance(batch, Comparisons) else batch
     for leaf in jax.tree.leaves(rows):
-        total = leaf.shape[row_axis]
-        if total % parts:
-            rule = f"be divisible by data x fsdp = {parts} of the mesh"
-            raise invalid("batch size", total, rule, "Change the batch size, the packing, or the mesh.")
+        check_rows(leaf.shape[row_axis], mesh)
     return jax.tree.map(_put, batch, batch_shardings(batch, mesh, row_axis=row_axis))
 
 
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Check that the devices can share so many rows evenly.
+
+    Raises:
+      ConfigError: they cannot.
+    """
+    parts = row_parts(mesh)
+    if rows % parts:
+        rule = f"be divisible by data x fsdp = {parts} of the mesh"
+        raise invalid("batch size", rows, rule, "Change the batch size, the packing, or the mesh.")
+
+
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        return leaf
     if sharding.is_fully_addressable:
         return jax.device_put(leaf, sharding)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
     whole = fetch(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def in_turn(tree: Any) -> Any:
+    """Return a tree of arrays as it is, computed or not; on several CPU devices, once it is computed.
+
+    Programs that run ahead on several fake devices can wait for each other for ever on few cores.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    if jax.default_backend() == "cpu" and any(array.sharding.num_devices > 1 for array in arrays):
+        jax.block_until_ready(arrays)
+    return tree
 
 
 def fetch(tree: Any) -> Any:

@@ -168,7 +168,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     if processes.first(f"state of {stage.name}", lambda: _is_finished(run, stage)):
         _LOG.info("%s: finished before, skipped", stage.name)
         return
-    begin = time.monotonic()
+    begin = run.began = time.monotonic()
     processes.barrier(f"begin of {stage.name}")
     with rules.use(run.mesh, run.rules):  # what activations are cut by, see `sharding.rules.constrain`
         result = stage.run(run)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
 
 from pit_jax.core import metric
 from pit_jax.core.metric import Metric, Metrics
@@ -25,15 +24,16 @@ from pit_jax.models.heads import ValueModel
 from pit_jax.models.trained import whole
 from pit_jax.rl import monitor, reward
 from pit_jax.rl.config import RlConfig
-from pit_jax.rl.curriculum import Context, Curriculum, Round, contexts, records_per_step
+from pit_jax.rl.curriculum import Context, Curriculum, contexts, records_per_step
 from pit_jax.rl.experience import Baseline, Measured, batches, build, token_scores, token_values
 from pit_jax.rl.rollout import Rollout, rollout, rollout_keys
-from pit_jax.sharding.place import put_batch
+from pit_jax.sharding.place import in_turn, put_batch
 from pit_jax.stages.supervised import count_tokens
 from pit_jax.text.codec import Codec, PromptRow
 from pit_jax.train.loop import TOKENS
 from pit_jax.train.state import TrainState
 from pit_jax.train.step import Step
+from pit_jax.train.window import Phases
 
 HeldOut = Callable[[Params], dict[str, float]]
 """Answers held-out prompts with language-model parameters and returns what the judge and the reward say."""
@@ -85,41 +85,49 @@ class Parts:
     snapshots: tuple[int, ...]
 
 
+class Drawn(NamedTuple):
+    """What a step has met, and what was answered."""
+
+    met: list[Context]
+    rolled: Rollout
+
+
 class RlProgram:
     """REINFORCE-style RL of a policy or an improver.
 
     Beside the train state it remembers the data position, the running baseline and the monitor; samples depend
     on (seed, step) only, so a restarted run draws the same ones.
+
+    Phases: "data", "references" (sampling them), "generate", "score" (rewards, log-probabilities), "update", and
+    "judge" where it looks. The host waits for the device at four points only: for the last update, once the next
+    prompts are there; for the samples; for the rewards; and for the statistics of a step, while its update runs.
     """
 
     def __init__(self, parts: Parts, frozen: Frozen, say: Callable[[str], None]) -> None:
         self._parts, self._frozen, self._say = parts, frozen, say
+        self.phases = Phases()
         self._baseline = Baseline()
         self._monitor = monitor.MonitorState(beta=parts.config.beta)
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """Do one RL step: contexts, rollouts, rewards, advantages, update(s)."""
+        """Do one RL step: contexts, rollouts, rewards, advantages, update(s); the last is not waited for."""
         parts = self._parts
-        self.keep_snapshot(state, step)
-        here = parts.curriculum.at(step).round
-        params = self._lm_params(state)
-        met = self._contexts(here, params, step)
-        rolled = rollout(
-            parts.sampler, params, [self._row(context) for context in met], parts.config.samples_per_prompt,
-            rollout_keys(parts.seed, step, len(met) * parts.config.samples_per_prompt),
-        )  # fmt: skip
-        measured = self._measure(state, met, rolled)
+        with self.phases.paused():
+            self.keep_snapshot(state, step)
+        drawn = self._draw(state, step)
+        measured = self._measure(state, drawn)
+        self.phases.enter("update")
         # A baseline that no other estimator reads would compile `build` twice: with None, then with a number.
         baseline = self._baseline.mean if parts.config.estimator == "reinforce" else None
-        experience, stats = build(parts.config, measured, self._monitor.beta, baseline)
+        experience, stats = in_turn(build(parts.config, measured, self._monitor.beta, baseline))
         update_key = key_for(parts.seed, "update", step)
         updates = []
-        for batch in batches(experience, parts.config, parts.micro_batches, update_key):
-            state, metrics = parts.step(state, put_batch(batch, parts.mesh, row_axis=1), update_key, self._frozen.base)
+        for batch in batches(experience, parts.config, parts.micro_batches, update_key, parts.mesh):
+            state, metrics = in_turn(parts.step(state, batch, update_key, self._frozen.base))
             updates.append(metrics)
         logged = {name: _sum([update[name] for update in updates]) for name in updates[0]} | stats
         logged |= self._watch(stats, state, step)
-        logged[TOKENS] = Metric(np.float32(count_tokens(rolled.inputs)), np.float32(1))
+        logged[TOKENS] = Metric(np.float32(count_tokens(drawn.rolled.inputs)), np.float32(1))
         return state, logged
 
     def keep_snapshot(self, state: TrainState, step: int) -> None:
@@ -152,18 +160,32 @@ class RlProgram:
         params = self._params(state)
         return params["trunk"] if self._parts.config.estimator == "ppo" else params
 
-    def _contexts(self, here: Round, params: Params, step: int) -> list[Context]:
-        parts = self._parts
+    def _draw(self, state: TrainState, step: int) -> Drawn:
+        """Return the contexts of a step, answered with the parameters of `state`."""
+        parts, repeat = self._parts, self._parts.config.samples_per_prompt
+        met = self._contexts(state, step)
+        self.phases.enter("generate")
+        params, rows = self._lm_params(state), [self._row(context) for context in met]
+        keys = rollout_keys(parts.seed, step, len(met) * repeat)
+        return Drawn(met, rollout(parts.sampler, params, rows, repeat, keys))
+
+    def _contexts(self, state: TrainState, step: int) -> list[Context]:
+        """Return the contexts of a step, as soon as the last update is done."""
+        parts, here = self._parts, self._parts.curriculum.at(step).round
+        self.phases.enter("data")
         records = parts.source.take(records_per_step(here, parts.contexts))
+        rows = [parts.codec.policy_prompt(_ids(record["prompt"])) for record in records]
+        self.phases.enter("update")
+        jax.block_until_ready(state)  # or what follows would seem to take the time of the last update
+        self.phases.enter("references")
         sampled: dict[str, list[tuple[int, ...]]] = {}
         if {"policy", "improver"} & set(here.references):
             assert self._frozen.policy is not None
             keys = jax.random.split(key_for(parts.seed, "policy references", step), len(records))
-            rows = [parts.codec.policy_prompt(_ids(record["prompt"])) for record in records]
             answers = parts.policy_sampler.answer(self._frozen.policy, rows, keys)
             sampled["policy"] = [as_reference(parts.codec, answer) for answer in answers]
         if "improver" in here.references:
-            sampled["improver"] = self._improved(params, records, sampled["policy"], step)
+            sampled["improver"] = self._improved(self._lm_params(state), records, sampled["policy"], step)
         return contexts(parts.codec, here, records, sampled)
 
     def _improved(
@@ -182,21 +204,23 @@ class RlProgram:
         codec = self._parts.codec
         return codec.improver_prompt(*context) if self._parts.improver else codec.policy_prompt(context.prompt)
 
-    def _measure(self, state: TrainState, met: Sequence[Context], rolled: Rollout) -> Measured:
-        parts, params = self._parts, self._lm_params(state)
+    def _measure(self, state: TrainState, drawn: Drawn) -> Measured:
+        """Return what is known of a step's samples; the devices have work while the host waits for rewards."""
+        parts, (met, rolled) = self._parts, drawn
+        self.phases.enter("score")
+        params, repeat = self._lm_params(state), parts.config.samples_per_prompt
         inputs: Conditional = put_batch(rolled.inputs, parts.mesh, row_axis=0)
-        scores = token_scores(parts.lm, params, inputs, parts.micro_batches)
-        anchor = token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches)
+        scores = in_turn(token_scores(parts.lm, params, inputs, parts.micro_batches))
+        answered = [context for context in met for _ in range(repeat)]
+        earned, reference = self._rewards(met, answered, rolled.responses)
+        anchor = in_turn(token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches))
         values = jnp.zeros_like(scores.logp)
         if parts.config.estimator == "ppo":
-            values = token_values(ValueModel(parts.lm), self._params(state), inputs, parts.micro_batches)
-        answered = [context for context in met for _ in range(parts.config.samples_per_prompt)]
-        earned, reference = self._rewards(met, answered, rolled.responses)
-        repeat = parts.config.samples_per_prompt
+            values = in_turn(token_values(ValueModel(parts.lm), self._params(state), inputs, parts.micro_batches))
         on_host = {
             "logp_sampler": rolled.samples.logp,
-            "reward": earned,
-            "reference_reward": np.repeat(reference, repeat),
+            "reward": earned(),
+            "reference_reward": np.repeat(reference(), repeat),
             "reference_length": np.array([len(context.reference) + 1.0 for context in answered], np.float32),
             "finished": rolled.samples.finished,
         }
@@ -211,8 +235,8 @@ class RlProgram:
 
     def _rewards(
         self, met: Sequence[Context], answered: Sequence[Context], answers: Sequence[Response]
-    ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " X"]]:
-        """Return the rewards of the answers, and those of the references themselves."""
+    ) -> tuple[reward.Pending, reward.Pending]:
+        """Start the rewards of the answers, and those of the references themselves."""
         parts, params = self._parts, self._frozen.reward
         if parts.improver:
             return (
@@ -235,7 +259,9 @@ class RlProgram:
         self._monitor = monitor.observe(self._monitor, parts.monitor, now)
         added: Metrics = {"beta": Metric(np.float32(self._monitor.beta), np.float32(1))}
         if parts.judge_every and (step + 1) % parts.judge_every == 0:
+            self.phases.enter("judge")
             judged = parts.held_out(self._lm_params(state))["judge"]
+            self.phases.enter("update")
             self._monitor = monitor.observe_judge(self._monitor, judged)
             added["judge"] = Metric(np.float32(judged), np.float32(1))
         found = monitor.alarms(self._monitor, parts.monitor)

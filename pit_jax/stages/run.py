@@ -162,6 +162,7 @@ class Run:
         changes = {} if adapters is None else {"lora": adapters.lora, "quantised": adapters.quantise}
         self.lm = language_model(dataclasses.replace(experiment.model, **changes))
         """The model that answers and scores: with adapters, where the run has them."""
+        self.began: float | None = None  # the newest stage, by `time.monotonic`
         self._bases: dict[str, Params] = {}
 
     @classmethod

@@ -26,6 +26,7 @@ from pit_jax.train.loop import TOKENS, Loop, RunFiles, fit
 from pit_jax.train.optim import Optimizer, build, learning_rate
 from pit_jax.train.state import TrainState
 from pit_jax.train.step import Objective, Step, make_step
+from pit_jax.train.window import Phases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,8 @@ class Training:
 class SupervisedProgram:
     """A program for `train.loop.fit`: batches from a source, one update each.
 
-    Its whole state is the source's position; dropout keys depend on the step alone.
+    Its whole state is the source's position; dropout keys depend on the step alone. Its phases are "data" (the host
+    makes a batch, while the device is at work on earlier ones) and "update".
     """
 
     def __init__(
@@ -77,13 +79,16 @@ class SupervisedProgram:
         self._source, self._collator, self._step = source, collator, step
         self._evaluate, self._key_stream, self._mesh = evaluate, key_stream, mesh
         self._frozen = frozen
+        self.phases = Phases()
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
-        """Take the next batch and do one update."""
+        """Take the next batch and do one update, without waiting for it."""
+        self.phases.enter("data")
         batch = take_batch(self._source, self._collator)
         tokens = Metric(np.float32(count_tokens(batch)), np.float32(1))
         seed, stream = self._key_stream
         placed, key = put_batch(batch, self._mesh, row_axis=1), key_for(seed, stream, step)
+        self.phases.enter("update")
         state, metrics = self._step(state, placed, key, self._frozen)
         return state, metrics | {TOKENS: tokens}
 
@@ -182,6 +187,7 @@ def run_files(run: Run, name: str) -> RunFiles:
         name=name,
         tensorboard=experiment.tensorboard,
         wandb_project=experiment.wandb_project,
+        began=run.began,
     )
 
 

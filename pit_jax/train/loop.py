@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -32,15 +33,23 @@ from pit_jax.io.lock import Lock
 from pit_jax.io.progress import Progress
 from pit_jax.io.writers import TIMING, MetricWriter, json_values
 from pit_jax.sharding import processes
+from pit_jax.sharding.place import in_turn
 from pit_jax.train.best import Best, KeepBest
 from pit_jax.train.state import TrainState
 from pit_jax.train.stopping import Interrupted, Signals
 from pit_jax.train.window import TOKENS as TOKENS
-from pit_jax.train.window import Clock, Window
+from pit_jax.train.window import Clock, Compilation, Phases, Window
+
+_LOG = logging.getLogger(__name__)
 
 
 class Program(Protocol):
     """What is trained: one step, one evaluation, and everything a restart needs beside the state."""
+
+    @property
+    def phases(self) -> Phases:
+        """What `advance` spends its time on; the loop pauses it for what is none of its own, and reads it."""
+        ...
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Do step `step` (counted from 0) and return the new state and the step's metrics, `loss` among them."""
@@ -93,12 +102,14 @@ class RunFiles:
     """Where a run leaves its files, and what it is called on the screen.
 
     directory: gets `checkpoint_STEP/`, `metrics.jsonl`, `tensorboard/` and, at the end, `done.json`.
+    began: when the work that leads to the first step began, by `time.monotonic`; None for when training does.
     """
 
     directory: epath.PathLike
     name: str
     tensorboard: bool = True
     wandb_project: str | None = None
+    began: float | None = None
 
 
 def finished(directory: epath.PathLike) -> dict[str, Any] | None:
@@ -125,7 +136,8 @@ def fit(program: Program, state: TrainState, loop: Loop, run: RunFiles) -> Train
     """
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(run.directory))
-        session = stack.enter_context(_Session(program, loop, run, lock))
+        clock = Clock(program.phases, stack.enter_context(Compilation()), run.began)
+        session = stack.enter_context(_Session(program, loop, run, lock, clock))
         state = session.resume(state)
         if session.step == loop.steps and finished(run.directory) is not None:
             return state
@@ -164,7 +176,7 @@ def locked(directory: epath.PathLike) -> Iterator[Lock]:
 class _Session:
     """One process's part of a run: its files, its window of metrics, and where it stands."""
 
-    def __init__(self, program: Program, loop: Loop, run: RunFiles, lock: Lock) -> None:
+    def __init__(self, program: Program, loop: Loop, run: RunFiles, lock: Lock, clock: Clock) -> None:
         self.program, self.loop, self.run = program, loop, run
         self.step = 0
         self.bar: Progress | None = None
@@ -178,7 +190,7 @@ class _Session:
         self._last: dict[str, dict[str, float | None]] = {}
         self._saved: int | None = None
         self._owed, self._fresh = False, True
-        self._clock = Clock()
+        self._clock, self._first = clock, True
 
     def __enter__(self) -> _Session:
         return self
@@ -229,9 +241,11 @@ class _Session:
     def advance(self, state: TrainState) -> TrainState:
         """Do one step; its metrics stay on the device until they are needed."""
         state, metrics = self.program.advance(state, self.step)
-        if jax.default_backend() == "cpu" and jax.device_count() > 1:
-            # Steps that run ahead on several fake devices can wait for each other for ever on few cores.
+        in_turn((state, metrics))
+        if self._first:
+            self._first = False
             jax.block_until_ready((state, metrics))
+            _LOG.info("%s: first step done after %.1f s", self.run.name, self._clock.first_step())
         self.step += 1
         self._window.add(self.step, metrics)
         if self.bar is not None:

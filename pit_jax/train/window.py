@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax import monitoring
 
 from pit_jax.core.metric import Metrics
 from pit_jax.io.writers import TIMING
@@ -65,32 +66,118 @@ class Window:
         return {name: list(pair) for name, pair in self._sums.items()}
 
 
+class Phases:
+    """Wall time of what a program does in turn, such as making a batch and updating; one phase at a time.
+
+    What is dispatched ahead takes the time that the host waits for it.
+    """
+
+    def __init__(self) -> None:
+        """Start in no phase."""
+        self._seconds: dict[str, float] = {}
+        self._name: str | None = None
+        self._since = 0.0
+
+    def enter(self, name: str | None) -> None:
+        """End the phase there is, if any, and begin another; None begins none."""
+        now = time.monotonic()
+        if self._name is not None:
+            self._seconds[self._name] = self._seconds.get(self._name, 0.0) + now - self._since
+        self._name, self._since = name, now
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds of every phase since the last time; the present one goes on."""
+        self.enter(self._name)
+        seconds, self._seconds = self._seconds, {}
+        return seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count what happens inside to no phase."""
+        name = self._name
+        self.enter(None)
+        try:
+            yield
+        finally:
+            self.enter(name)
+
+
+class Compilation:
+    """Seconds that jax has spent on compiling, in all threads, while this is open (a context manager)."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._seconds = 0.0
+
+    def __enter__(self) -> Compilation:
+        """Begin to listen."""
+        monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop."""
+        monitoring.unregister_event_duration_listener(self._add)
+
+    def _add(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._seconds += duration_secs
+
+    def read(self) -> float:
+        """Return the seconds since the last time."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 class Clock:
     """Time spent on steps since `restart`, without evaluation and saving."""
 
-    def __init__(self) -> None:
-        """Start now."""
-        self._begin = time.monotonic()
-        self._since = self._begin
-        self._away = 0.0
+    def __init__(self, phases: Phases, compilation: Compilation, began: float | None = None) -> None:
+        """Start now, or at a moment before of `time.monotonic`."""
+        self._phases, self._compilation = phases, compilation
+        self._begin = time.monotonic() if began is None else began
+        self._first: float | None = None
+        self.restart()
 
     def restart(self) -> None:
         """Begin a new stretch of steps."""
         self._since, self._away = time.monotonic(), 0.0
+        self._phases.read()
+        self._compilation.read()
+
+    def first_step(self) -> float:
+        """Return the seconds from the start to now, when the first step is done; the next record has them too."""
+        self._first = time.monotonic() - self._begin
+        return self._first
 
     def read(self, steps: int, tokens: float) -> dict[str, float]:
-        """Return the timing fields of a record over `steps` steps."""
+        """Return the timing fields of a record over `steps` steps.
+
+        seconds: since the start. steps_per_second, tokens_per_second: of this record's steps. NAME_seconds: of a phase,
+        mean over the steps. data_share: of the phase "data", 0 to 1. compile_seconds: since the last record, where any.
+        first_step_seconds: from the start to the end of the first step, in the first record.
+        """
         now = time.monotonic()
         seconds = max(now - self._since - self._away, 1e-9)
-        rates = {TIMING + "steps_per_second": steps / seconds, TIMING + "seconds": now - self._begin}
-        return rates | ({TIMING + "tokens_per_second": tokens / seconds} if tokens else {})
+        fields = {"steps_per_second": steps / seconds, "seconds": now - self._begin}
+        if tokens:
+            fields["tokens_per_second"] = tokens / seconds
+        phases, compiled = self._phases.read(), self._compilation.read()
+        fields |= {f"{name}_seconds": spent / steps for name, spent in phases.items()}
+        if "data" in phases:
+            fields["data_share"] = phases["data"] / max(sum(phases.values()), 1e-9)
+        if compiled:
+            fields["compile_seconds"] = compiled
+        if self._first is not None:
+            fields["first_step_seconds"], self._first = self._first, None
+        return {TIMING + name: value for name, value in fields.items()}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Any]:
         """Leave out what happens inside; yields a function that gives its seconds afterwards."""
         begin, spent = time.monotonic(), [0.0]
         try:
-            yield lambda: spent[0]
+            with self._phases.paused():
+                yield lambda: spent[0]
         finally:
             spent[0] = time.monotonic() - begin
             self._away += spent[0]

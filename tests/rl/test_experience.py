@@ -21,9 +21,11 @@ from pit_jax.models.presets.catalog import language_model, preset
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.experience import Baseline, Measured, batches, build, objective, split, token_scores, token_values
 from pit_jax.rl.rollout import rollout, rollout_keys
+from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM, all_responses, conditional, toy_codec
 
 LM = ToyLM()
+MESH = make_mesh(MeshConfig(), devices=jax.devices()[:1])
 PARAMS, ANCHOR = LM.init(jax.random.key(7)), LM.init(jax.random.key(8))
 CODEC = toy_codec(inputs=4, targets=5)
 GROUP, BETA = 3, 0.3
@@ -184,17 +186,17 @@ def test_the_expected_gradient_is_that_of_reward_minus_beta_kl() -> None:
 def test_batches_cover_every_sample_once_an_epoch() -> None:
     experience, _ = build(RlConfig(samples_per_prompt=GROUP), MEASURED, BETA, None)
     numbered = dataclasses.replace(experience, returns=np.arange(12.0)[:, None] * np.ones((1, 5)))
-    one = list(batches(numbered, RlConfig(), 2, jax.random.key(0)))
+    one = list(batches(numbered, RlConfig(), 2, jax.random.key(0), MESH))
     assert [part.returns.shape for part in one] == [(2, 6, 5)]
     np.testing.assert_array_equal(one[0].returns[..., 0].reshape(-1), np.arange(12))
     config = RlConfig(estimator="ppo", policy=PPO, epochs=2, minibatches=3)
-    parts = [np.asarray(part.returns[..., 0]) for part in batches(numbered, config, 2, jax.random.key(0))]
+    parts = [np.asarray(part.returns[..., 0]) for part in batches(numbered, config, 2, jax.random.key(0), MESH)]
     assert [part.shape for part in parts] == [(2, 2)] * 6
     for epoch in (parts[:3], parts[3:]):
         np.testing.assert_array_equal(np.sort(np.concatenate(epoch).reshape(-1)), np.arange(12))
     assert not np.array_equal(np.concatenate(parts[:3]), np.concatenate(parts[3:]))
     with pytest.raises(ConfigError, match="= 5 must divide the 12 samples"):
-        list(batches(numbered, RlConfig(), 5, jax.random.key(0)))
+        list(batches(numbered, RlConfig(), 5, jax.random.key(0), MESH))
 
 
 def _nano_experience(lm: object, params: dict) -> Experience:

@@ -15,6 +15,7 @@ from pit_jax.rl.config import RlConfig
 from pit_jax.rl.experience import Baseline, Measured, batches, build, objective, token_scores
 from pit_jax.rl.reward import policy_reward
 from pit_jax.rl.rollout import rollout, rollout_keys
+from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM, ToyReward, toy_codec, worth
 from pit_jax.train.optim import Optimizer
 from pit_jax.train.optim import build as build_optimizer
@@ -22,6 +23,7 @@ from pit_jax.train.state import create
 from pit_jax.train.step import make_step
 
 LM = ToyLM()
+MESH = make_mesh(MeshConfig(), devices=jax.devices()[:1])
 CODEC = toy_codec(inputs=4, targets=5)
 SAMPLER = Sampler(lm=LM, sampling=Sampling(), width=4, max_new=5, eos_ids=(EOS, OTHER_EOS), pad_id=PAD, batch_size=64)
 SCORER = Scorer(model=ToyReward(), width=4, length=5, eos_id=EOS, pad_id=PAD, batch_size=64)
@@ -47,13 +49,13 @@ def _train(config: RlConfig, steps: int) -> list[dict[str, float]]:
             logp_anchor=token_scores(LM, anchor, result.inputs, 2).logp,
             values=np.zeros_like(result.samples.logp),
             entropy=old.entropy,
-            reward=policy_reward(SCORER, worth(3), CODEC, repeated, result.responses),
+            reward=policy_reward(SCORER, worth(3), CODEC, repeated, result.responses)(),
             reference_reward=zeros,
             reference_length=zeros,
             finished=result.samples.finished,
         )
         experience, stats = build(config, measured, config.beta, baseline.mean)
-        for number, batch in enumerate(batches(experience, config, 2, key_for(0, "minibatches", step))):
+        for number, batch in enumerate(batches(experience, config, 2, key_for(0, "minibatches", step), MESH)):
             state, _ = update(state, batch, key_for(0, "update", step * config.updates + number))
         history.append(metric.values(stats))
         baseline = baseline.updated(history[-1]["reward/with_kl"], config.baseline_decay)

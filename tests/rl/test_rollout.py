@@ -51,10 +51,10 @@ def test_a_sample_depends_on_seed_step_and_its_own_number_only() -> None:
 def test_rewards_read_prompt_reference_and_answer() -> None:
     value = np.asarray(WORTH["worth"])
     answers = [Response((5,), True), Response((4, 4), False)]
-    plain = policy_reward(SCORER, WORTH, CODEC, [(3, 4), (5,)], answers)
+    plain = policy_reward(SCORER, WORTH, CODEC, [(3, 4), (5,)], answers)()
     np.testing.assert_allclose(plain, [value[[5, EOS]].mean(), value[4]], rtol=1e-5)
     contexts = [Context((3, 4), (5, 3)), Context((5,), (4,))]
-    gaps = gap_reward(SCORER, WORTH, CODEC, contexts, answers)
+    gaps = gap_reward(SCORER, WORTH, CODEC, contexts, answers)()
     np.testing.assert_allclose(gaps, plain - [value[[5, 3]].mean(), value[4]], rtol=1e-5, atol=1e-6)
     zero = [value[[5, 3, EOS]].mean() - value[[5, 3]].mean(), value[[4, EOS]].mean() - value[4]]
-    np.testing.assert_allclose(calibration(SCORER, WORTH, CODEC, contexts), zero, rtol=1e-5)
+    np.testing.assert_allclose(calibration(SCORER, WORTH, CODEC, contexts)(), zero, rtol=1e-5)

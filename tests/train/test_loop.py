@@ -83,6 +83,29 @@ def test_timing_is_kept_apart(plain):
     record = read_metrics(plain[0] / "metrics.jsonl")[0]
     assert record["timing/tokens_per_second"] > 0 and record["timing/steps_per_second"] > 0
     assert record["tokens"] == 4.0  # a micro-batch of four rows
+    assert 0 < record["timing/data_share"] < 1
+    assert record["timing/data_seconds"] + record["timing/update_seconds"] < record["timing/seconds"]
+
+
+def test_the_time_to_the_first_step_and_of_compiling_is_in_the_first_record(plain, tmp_path):
+    first, *others = (r for r in read_metrics(plain[0] / "metrics.jsonl") if r["kind"] == "train")
+    assert 0 < first["timing/compile_seconds"] < first["timing/first_step_seconds"] < first["timing/seconds"]
+    assert not any("timing/first_step_seconds" in record for record in others)
+    began = time.monotonic() - 1000
+    run = RunFiles(directory=tmp_path, name="toy", tensorboard=False, began=began)
+    fit(toy.Toy(2), toy.start(2), Loop(steps=2), run)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["timing/first_step_seconds"] > 1000
+
+
+def test_evaluation_and_saving_belong_to_no_phase(tmp_path):
+    class Slow(toy.Toy):
+        def evaluate(self, state):
+            time.sleep(0.5)
+            return super().evaluate(state)
+
+    fit(Slow(4), toy.start(4), Loop(steps=4, log_every=4, eval_every=1), run_files(tmp_path))
+    record = next(r for r in read_metrics(tmp_path / "metrics.jsonl") if r["kind"] == "train")
+    assert 4 * record["timing/update_seconds"] <= record["timing/seconds"] - 3 * 0.5
 
 
 def test_a_complete_run_is_only_loaded(plain):

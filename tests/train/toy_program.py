@@ -25,6 +25,7 @@ from pit_jax.train import state as states
 from pit_jax.train.loop import Interrupted, Loop, RunFiles, fit
 from pit_jax.train.optim import Optimizer, build
 from pit_jax.train.step import make_step
+from pit_jax.train.window import Phases
 
 OPTIMIZER = Optimizer(learning_rate=0.05, schedule="cosine", warmup_steps=1)
 
@@ -42,7 +43,7 @@ class Toy:
     def __init__(self, steps, *, poison=None, pause=0.0, on_step=None, placement=None):
         self.next, self.running = 0, 0.0
         self.poison, self.pause, self.on_step = poison, pause, on_step
-        self.evaluated = []
+        self.evaluated, self.phases = [], Phases()
         self._step = make_step(objective, OPTIMIZER, steps=steps, shardings=placement)
         self._norm = jax.jit(lambda state: jnp.linalg.norm(state.params["kernel"]))
 
@@ -53,10 +54,12 @@ class Toy:
         return {"x": x, "y": x.sum(axis=-1)}
 
     def advance(self, state, step):
+        self.phases.enter("data")
         time.sleep(self.pause)
         batch = self.batch()
         if step == self.poison:
             batch["y"] = batch["y"] * np.float32("nan")
+        self.phases.enter("update")
         state, metrics = self._step(state, batch, key_for(0, "noise", step))
         self.running = 0.9 * self.running + 0.1 * float(batch["x"].mean())
         if self.on_step is not None:
