@@ -3,7 +3,7 @@
     B batch rows     S prompt positions     T response positions     D model width
     H query heads    K key/value heads      E head width             F mlp width
     V vocabulary     N layers               G samples per prompt     M packed examples per row
-    L S + T          A micro-batches
+    L S + T          A micro-batches        X prompts, of B = X * G rows
 
 The same letters are used in annotations, einsum strings and docstrings everywhere.
 """
@@ -29,11 +29,14 @@ class Conditional:
     or several packed ones, numbered 1..M in both halves of the row; a segment's prompt and response share
     its number. Padding is on the right. PIT's `(x, y_ref)` is simply a longer prompt, in which
     `prompt_reference` marks the tokens of `y_ref`. Every response token is trained on, its EOS included.
+
+    Prompts may be shared: X prompts with B = X * G responses, of which successive G have the same prompt, are what
+    B rows with that prompt G times are, and models compute it once (`models/sharing.py`). Shared rows are not packed.
     """
 
-    prompt: Int[Array, "*A B S"]
-    prompt_segments: Int[Array, "*A B S"]
-    prompt_reference: Bool[Array, "*A B S"]
+    prompt: Int[Array, "*A X S"]
+    prompt_segments: Int[Array, "*A X S"]
+    prompt_reference: Bool[Array, "*A X S"]
     response: Int[Array, "*A B T"]
     response_segments: Int[Array, "*A B T"]
 
@@ -79,7 +82,7 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experience:
-    """Sampled responses with what the policy gradient needs; one example a row (never packed).
+    """Sampled responses with what the policy gradient needs; one example a row (never packed), prompts may be shared.
 
     logp_sampler: log-probabilities under the parameters that sampled, recorded by the sampler.
     logp_old: the same by the training graph, before the update.
@@ -110,7 +113,10 @@ class TokenScores(NamedTuple):
 
 
 class Hidden(NamedTuple):
-    """Final hidden states (after the last norm) at the prompt's and at the response's positions."""
+    """Final hidden states (after the last norm) at the prompt's and at the response's positions.
 
-    prompt: Float[Array, "B S D"]
+    Shared prompts are there once (X = B / G) where they do not see their responses.
+    """
+
+    prompt: Float[Array, "X S D"]
     response: Float[Array, "B T D"]

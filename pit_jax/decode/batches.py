@@ -163,6 +163,8 @@ class Scorer:
     """A reward model with the fixed shapes it is run at.
 
     width: prompts are padded to this many tokens; length: responses, EOS included.
+    batch_size: prompts of the one compiled program. samples: responses of each; with several, the model computes a
+      prompt once for them all (`Conditional`).
     mesh: the devices that share the rows of a batch, None for one device.
     """
 
@@ -172,12 +174,14 @@ class Scorer:
     eos_id: int
     pad_id: int
     batch_size: int
+    samples: int = 1
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
-        """Check the batch size."""
-        if self.batch_size < 1:
-            raise invalid("Scorer.batch_size", self.batch_size, "be at least 1", "Give the rows of one batch.")
+        """Check the sizes."""
+        for name, value in (("batch_size", self.batch_size), ("samples", self.samples)):
+            if value < 1:
+                raise invalid(f"Scorer.{name}", value, "be at least 1", "Give a larger number.")
 
     def score(self, params: Params, rows: Sequence[PromptRow], answers: Sequence[Response]) -> Float[np.ndarray, " N"]:
         """Return the model's scalar for each prompt row with its response.
@@ -185,24 +189,31 @@ class Scorer:
         With prompts of the policy's kind this is R_P(x, y); with gap prompts, which hold y_ref, it is
         r_gap(y, y_ref | x). A finished response is read with its EOS, as in training; one that was cut off
         has none. An empty finished response is its EOS alone.
+
+        Raises:
+          DataError: the rows are no multiple of `samples`, of which successive ones must have the same prompt.
         """
         return self.begin(params, rows, answers)()
 
     def begin(
         self, params: Params, rows: Sequence[PromptRow], answers: Sequence[Response]
     ) -> Callable[[], Float[np.ndarray, " N"]]:
-        """Start scoring, and return what waits for the scores and gives them; arguments as of `score`."""
+        """Start scoring, and return what waits for the scores and gives them; arguments and errors as of `score`."""
+        if len(rows) % self.samples:
+            raise DataError(f"{len(rows)} prompts are not {self.samples} for each. Repeat each prompt as often.")
         closed = [answer.closed(self.eos_id) for answer in answers]
         parts: list[tuple[Int[np.ndarray, " n"], jax.Array]] = []
-        for index, real in chunks(len(rows), self.batch_size):
-            prompts = rows_to_prompts([rows[i] for i in index], self.width, self.pad_id)
-            batch = with_answers(prompts, [closed[i] for i in index], self.length, self.pad_id)
-            parts.append((index[:real], in_turn(_score(params, _place(batch, self.mesh), self.model))))
+        for index, real in chunks(len(rows) // self.samples, self.batch_size):
+            members = (index[:, None] * self.samples + np.arange(self.samples)[None, :]).reshape(-1)
+            prompts = rows_to_prompts([rows[i * self.samples] for i in index], self.width, self.pad_id)
+            batch = with_answers(prompts, [closed[i] for i in members], self.length, self.pad_id)
+            scored = in_turn(_score(params, _place(batch, self.mesh), self.model))
+            parts.append((members[: real * self.samples], scored))
 
         def wait() -> Float[np.ndarray, " N"]:
             scores = np.zeros(len(rows), np.float32)
-            for index, part in parts:
-                scores[index] = fetch(part)[: len(index)]
+            for members, part in parts:
+                scores[members] = fetch(part)[: len(members)]
             return scores
 
         return wait

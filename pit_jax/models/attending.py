@@ -134,8 +134,12 @@ def attend(
 ) -> Float[Array, "B Q H E"]:
     """Return what the queries of one layer find; `windowed` says whether the layer has the window, if any has.
 
-    Keys and values of whole rows are gathered over the mesh axis `sequence`, queries and results stay cut.
+    Keys and values of whole rows are gathered over the mesh axis `sequence`, queries and results stay cut. Successive
+    rows of queries may share a row of keys and values: the scene is then of the queries as one row.
     """
+    if known.keys.shape[0] != queries.shape[0]:
+        joined = queries.reshape(known.keys.shape[0], -1, *queries.shape[2:])
+        return attend(joined, known, scene, windowed, scores).reshape(queries.shape)
     if isinstance(scene, Orders):
         return _splash(queries, known, scene, windowed, scores)
     mask = scene.seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import attending, functional, layers
+from pit_jax.models import attending, functional, layers, sharing
 from pit_jax.models.api import Attention
 from pit_jax.models.config import ModelConfig, RopeScaling
-from pit_jax.ops import logprob, mask, relative_bias, rotary
-from pit_jax.ops.sight import Order
+from pit_jax.ops import logprob, mask, relative_bias, rotary, shared
+from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
 POSITIONS = ("rotary", "learned", "relative")
@@ -220,11 +221,33 @@ class DecoderNet(nnx.Module):
 
     def form(self, row: layers.Row, prefix: int) -> attending.Form:
         """Return the form of attention of whole rows; a prefix and a window together are XLA's."""
-        config = self.config
-        if prefix and config.window is not None:
+        if prefix and self.config.window is not None:
             return "xla"
+        return self._form(row.tokens.shape[1])
+
+    def _form(self, keys: int) -> attending.Form:
+        config = self.config
         relative = config.position == "relative"
-        return attending.form(config, row.tokens.shape[1], softcap=config.attention_softcap, bias=relative)
+        return attending.form(config, keys, softcap=config.attention_softcap, bias=relative)
+
+    def scenes(self, rows: Sequence[layers.Row], prefix: int) -> list[attending.Scene]:
+        """Return what the tokens of every level of rows see, prompts first (`models/sharing.py`)."""
+        return [self.scene(rows[0], "causal", prefix), *(self._beneath(rows[: end + 1]) for end in range(1, len(rows)))]
+
+    def _beneath(self, rows: Sequence[layers.Row]) -> attending.Scene:
+        own, known = layers.tokens(rows[-1]), sharing.seen(rows)
+        if self.config.window is not None:
+            # A window counts positions, and from a row to those above it columns do not.
+            seen = mask.same_segment(own.segments, known.tokens.segments)
+            return self.masks(seen & mask.causal(own.positions, known.tokens.positions), own, known.tokens)
+        form = self._form(known.tokens.segments.shape[1])
+        return attending.scene(form, own, known.tokens, Order(causal=True, memory=known.above))
+
+    def masks(self, seen: Bool[Array, "B 1 Q K"], queries: Tokens, keys: Tokens) -> attending.Masks:
+        """Return what layers without and with the window see, of what is seen without."""
+        window = self.config.window
+        near = None if window is None else seen & mask.reach(queries.positions, keys.positions, window - 1, window - 1)
+        return attending.Masks(seen, near)
 
     def _near(self, seen: Order) -> Order | None:
         window = self.config.window
@@ -248,18 +271,33 @@ class DecoderNet(nnx.Module):
         self, row: layers.Row, scene: attending.Scene, key: jax.Array | None, *, keep: bool
     ) -> tuple[Float[Array, "B L D"], layers.KeysValues | tuple[()]]:
         """Return the final states of whole rows and, to `keep` for a cache, every layer's keys and values."""
-        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
-        view = self.view(scene, row.positions, row.positions)
+        (states,), known = self.descend([row], [scene], key, keep=keep)
+        return states, known
 
-        def body(block: layers.Block, x: Array, inputs: tuple) -> tuple[Array, layers.KeysValues | tuple[()]]:
-            windowed, key = inputs
-            queries, known = block.look(x, view.turn_of(windowed))
-            x = block.finish(x, queries, known, block.sight(view.scene, windowed, view.bias), None, key)
-            return constrain(x, ("batch", "length", None)), known if keep else ()
+    def descend(
+        self, rows: Sequence[layers.Row], scenes: Sequence[attending.Scene], key: jax.Array | None, *, keep: bool
+    ) -> tuple[list[Float[Array, "B L D"]], layers.KeysValues | tuple[()]]:
+        """Return the final states of rows in levels, prompts first, and what `run` keeps of the first level."""
+        embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
+        views = [
+            self.view(scene, row.positions, sharing.seen(rows[: end + 1]).tokens.positions)
+            for end, (row, scene) in enumerate(zip(rows, scenes, strict=True))
+        ]
+
+        def body(block: layers.Block, states: tuple, inputs: tuple) -> tuple[tuple, layers.KeysValues | tuple[()]]:
+            (windowed, key), known, after = inputs, [], []
+            for level, (x, view) in enumerate(zip(states, views, strict=True)):
+                queries, own = block.look(x, view.turn_of(windowed))
+                known.append(own)
+                sight = block.sight(view.scene, windowed, view.bias)
+                x = block.finish(x, queries, sharing.lineage(known), sight, None, sharing.level_key(key, level))
+                after.append(constrain(x, ("batch", "length", None)))
+            return tuple(after), known[0] if keep else ()
 
         inputs = (self.config.windowed, layers.layer_keys(layer_key, self.config.layers))
-        x, known = self._layers(body, self.embed(row, embed_key), inputs)
-        return self.final_norm(x), known
+        embedded = tuple(self.embed(row, sharing.level_key(embed_key, level)) for level, row in enumerate(rows))
+        states, known = self._layers(body, embedded, inputs)
+        return [self.final_norm(x) for x in states], known
 
     def extend(self, cache: DecoderCache, row: layers.Row) -> tuple[Float[Array, "B D"], DecoderCache]:
         """Return the final states of one new token per row, and the cache that knows it."""
@@ -305,6 +343,10 @@ class DecoderOnly:
 
     def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final states; `bidirectional` lets every token see its whole segment, prompt and response."""
+        if attention == "causal" and shared.is_shared(x):
+            return self._levels(params, x, key)
+        # Where prompts see their responses, nothing can be shared.
+        x = shared.apart(x)
         states = self._states(params, x, attention, key)
         return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
 
@@ -313,6 +355,8 @@ class DecoderOnly:
 
         The first token of a response without any prompt has none: its state is 0, hence its distribution uniform.
         """
+        if shared.is_shared(x):
+            return sharing.predictors(x, *self._levels(params, x, key))
         return layers.gather(self._states(params, x, "causal", key), layers.predecessors(x))
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
@@ -350,7 +394,7 @@ class DecoderOnly:
         if prefix is not None:
             roles = jnp.where(prefix, layers.PROMPT, roles)
         row = layers.Row(tokens, segments, positions, roles)
-        scene = net.scene(row, "causal", 0) if prefix is None else self._anywhere(row, prefix)
+        scene = net.scene(row, "causal", 0) if prefix is None else self._anywhere(net, row, prefix)
         states, _ = net.run(row, scene, None, keep=False)
         return self._logits(net, states)
 
@@ -393,13 +437,11 @@ class DecoderOnly:
     def _prefix(self, prompts: int) -> int:
         return prompts if self.config.prefix_lm else 0
 
-    def _anywhere(self, row: layers.Row, prefix: Bool[Array, "B L"]) -> attending.Masks:
+    def _anywhere(self, net: DecoderNet, row: layers.Row, prefix: Bool[Array, "B L"]) -> attending.Masks:
         """Return what tokens see where those of a prefix may stand anywhere."""
-        window, places = self.config.window, row.positions
-        causal = mask.causal(places, places) | mask.prefix(prefix, prefix)
-        seen = mask.same_segment(row.segments, row.segments) & causal
-        near = None if window is None else seen & mask.reach(places, places, window - 1, window - 1)
-        return attending.Masks(seen, near)
+        tokens = layers.tokens(row)
+        causal = mask.causal(row.positions, row.positions) | mask.prefix(prefix, prefix)
+        return net.masks(mask.same_segment(row.segments, row.segments) & causal, tokens, tokens)
 
     def _states(
         self, params: Params, x: Conditional, attention: Attention, key: jax.Array | None
@@ -414,6 +456,11 @@ class DecoderOnly:
             return net.run(row, net.scene(row, attention, prefix), key, keep=False)[0]
         row, places = layers.compact(row)
         return layers.gather(net.run(row, net.scene(row, attention, prefix), key, keep=False)[0], places)
+
+    def _levels(self, params: Params, x: Conditional, key: jax.Array | None) -> Hidden:
+        """Return the final states of prompts and of the responses that share them."""
+        net, rows = self._bind(params), sharing.levels(x)
+        return Hidden(*net.descend(rows, net.scenes(rows, self._prefix(x.prompt.shape[1])), key, keep=False)[0])
 
     def _logits(self, net: DecoderNet, states: Float[Array, "B *L D"]) -> Float[Array, "B *L V"]:
         head, config = net.output_matrix(), self.config

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from pit_jax.models import attending, functional, layers
+from pit_jax.models import attending, functional, layers, sharing
 from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
 from pit_jax.ops import mask, relative_bias
 from pit_jax.ops.sight import Order, Tokens
@@ -195,7 +195,8 @@ class EncoderDecoderNet(nnx.Module):
         # Kernels know no relative position bias; where the decoder looks at the encoder's states there is none.
         scene = attending.scene("xla", tokens, tokens, Order(causal=True))
         form = attending.form(self.config, prompt.tokens.shape[1], softcap=None, bias=False)
-        across = attending.scene(form, tokens, layers.tokens(prompt), Order(causal=False))
+        looking = sharing.gathered(tokens, prompt.tokens.shape[0])
+        across = attending.scene(form, looking, layers.tokens(prompt), Order(causal=False))
         bias = self.decoder.bias(columns, columns)
         return self.decoder.run(self.embed(inputs, keys[0]), scene, bias, (encoded, across), keys[1])
 

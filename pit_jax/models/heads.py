@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pit_jax.core.errors import invalid
 from pit_jax.core.types import Conditional, Params
 from pit_jax.models.api import Attention, ConditionalLM
-from pit_jax.ops import segment
+from pit_jax.ops import segment, shared
 
 READOUTS = ("mean_difference", "mean", "last")
 ATTENTIONS = ("bidirectional", "causal")
@@ -91,8 +91,9 @@ class ScalarModel(_WithHead):
         return config.prompt_width if self.attention == "bidirectional" else config.width
 
     def scores(self, params: Params, x: Conditional, count: int, key: jax.Array | None = None) -> Float[Array, "B M"]:
-        """Return the score of each segment 1..count of each row, the bias alone where there is no such segment."""
+        """Return the score of each segment 1..count of each row of responses, the bias alone where there is none."""
         hidden = self.lm.hidden(params["trunk"], x, key, attention=self.attention)
+        x = shared.apart(x)
         # Losses compare scores, so none determines b. Training it would add up rounding errors: another b on each mesh.
         bias = jax.lax.stop_gradient(params["head"]["bias"])
         # A mean of products is the product of the mean, and this way nothing of size [B, M, D] exists.
@@ -100,7 +101,7 @@ class ScalarModel(_WithHead):
         if self.readout == "last":
             weights = _is_last(x.response_segments).astype(jnp.float32)
             return segment.means(response, x.response_segments, weights, count) + bias
-        prompt = _project(params["head"], hidden.prompt)
+        prompt = shared.repeated(_project(params["head"], hidden.prompt), x.prompt.shape[0])
         ones, reference = jnp.ones(x.response.shape, jnp.float32), x.prompt_reference.astype(jnp.float32)
         if self.readout == "mean":
             values, segments, weights = (

@@ -14,7 +14,7 @@ from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
 from pit_jax.models import attending, functional, layers
 from pit_jax.models.api import Attention
 from pit_jax.models.config import ModelConfig
-from pit_jax.ops import logprob
+from pit_jax.ops import logprob, shared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,10 @@ class Seq2SeqNet(Protocol):
     def decode(
         self, prompt: layers.Row, encoded: Float[Array, "B S De"], inputs: layers.Row, key: jax.Array | None
     ) -> Float[Array, "B T D"]:
-        """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses)."""
+        """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses).
+
+        Successive rows of inputs may share a prompt.
+        """
         ...
 
     def start(self, encoded: Float[Array, "B S De"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
@@ -122,6 +125,8 @@ class Seq2Seq:
         """
         net = self._bind(params)
         if attention == "bidirectional":
+            # Where prompts see their responses, nothing can be shared.
+            x = shared.apart(x)
             row, places = layers.compact(layers.joint_row(x))
             states = layers.gather(net.encode(row, key), places)
             return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])

@@ -12,11 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.errors import invalid
-from pit_jax.models import attending, functional, layers
+from pit_jax.models import attending, functional, layers, sharing
 from pit_jax.models.config import ModelConfig, RopeScaling
 from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
 from pit_jax.ops import mask, rotary
-from pit_jax.ops.sight import Order, Tokens
+from pit_jax.ops.sight import Order
 from pit_jax.sharding.rules import constrain
 
 _NORM_OFFSET = 1.0
@@ -219,7 +219,7 @@ class Stack(nnx.Module):
             queries, known = block.look(x, view.turn_of(windowed))
             if encoded is not None and encoded.scene is None:
                 prompt = self.recall(block, encoded.states)
-                known = layers.KeysValues(*(jnp.concatenate(ab, axis=1) for ab in zip(prompt, known, strict=True)))
+                known = sharing.lineage([prompt, known])
             elif encoded is not None and encoded.scene is not None:
                 cross = layers.Cross(self.recall(block, encoded.states), layers.Sight(encoded.scene))
             x = block.finish(x, queries, known, layers.Sight(view.scene, windowed), cross, key)
@@ -313,13 +313,14 @@ class T5GemmaNet(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Return the decoder's states of its inputs (`layers.shift_right` makes them of responses)."""
         keys, stack = (None, None) if key is None else jax.random.split(key), self.decoder
-        queries, others, prompts = layers.tokens(inputs), layers.tokens(prompt), prompt.tokens.shape[1]
+        queries, prompts = layers.tokens(inputs), prompt.tokens.shape[1]
         if self.config.merged_attention:
-            known = Tokens(*(jnp.concatenate(parts, axis=1) for parts in zip(others, queries, strict=True)))
+            known = sharing.seen([prompt, inputs]).tokens
             seen, across = Order(causal=True, memory=prompts), None
         else:
             known, seen = queries, Order(causal=True)
-            across = attending.scene(stack.form(prompts), queries, others, Order(causal=False))
+            looking = sharing.gathered(queries, prompt.tokens.shape[0])
+            across = attending.scene(stack.form(prompts), looking, layers.tokens(prompt), Order(causal=False))
         form = stack.form(known.segments.shape[1])
         view = stack.view(attending.scene(form, queries, known, seen, stack.near(seen)), inputs.positions)
         return stack.run(self.embed(self.embedding, inputs, keys[0]), view, Encoded(encoded, across), keys[1])

@@ -31,6 +31,8 @@ _EPS = 1e-6
 class Measured(NamedTuple):
     """All that is known of the N = X * G responses of a step before advantages are computed.
 
+    inputs: prompts are there N times, or X times where models are to compute them once.
+
     logp_sampler, logp_old, logp_anchor, values: as in `Experience` (`values` are 0 without a value head).
     entropy: of the token distributions under the old policy, nats.
     reward: what the reward model says, without KL or penalty; reference_reward: the same of the reference
@@ -64,7 +66,10 @@ class Baseline:
 
 @functools.partial(jax.jit, static_argnames=("lm", "microbatches"))
 def token_scores(lm: ConditionalLM, params: Params, inputs: Conditional, microbatches: int) -> TokenScores:
-    """Return the trainer's scores `[N, T]` of sampled tokens, without dropout, `N / microbatches` rows at a time."""
+    """Return the trainer's scores `[N, T]` of sampled tokens, without dropout, `N / microbatches` rows at a time.
+
+    Prompts that samples share are computed once.
+    """
     parts = split(inputs, microbatches)
     return _join(jax.lax.map(lambda part: lm.logprobs(params, part), parts))
 
@@ -79,12 +84,14 @@ def token_values(model: ValueModel, params: Params, inputs: Conditional, microba
 def split(tree: Any, parts: int) -> Any:
     """Return every leaf `[N, ...]` as `[parts, N / parts, ...]`: the micro-batches of `train.step`.
 
+    Where samples share prompts, `[X, ...]` leaves are cut as evenly, and whole prompts stay together.
+
     Raises:
       ConfigError: `parts` does not divide N.
     """
-    rows = jax.tree.leaves(tree)[0].shape[0]
+    rows = jax.tree.leaves(tree)[0].shape[0]  # of prompts, where samples share them
     _check_parts(rows, parts)
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, rows // parts, *leaf.shape[1:]), tree)
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:]), tree)
 
 
 def _check_parts(rows: int, parts: int) -> None:
@@ -204,13 +211,14 @@ def batches(
 ) -> Iterator[Experience]:
     """Yield the batch of every update of a step, on the mesh's devices: leaves `[A, B, ...]` with A = `microbatches`.
 
-    Each epoch is a new permutation of the samples, cut into minibatches; a single update takes all in order. Nothing
-    is waited for.
+    Each epoch is a new permutation of the samples, cut into minibatches; a single update takes all in order. Where
+    samples share prompts it is one of the prompts: a prompt is computed once only for samples of the same minibatch.
+    Nothing is waited for.
 
     Raises:
       ConfigError: the samples cannot be cut evenly, or an update's rows not be shared out over the mesh.
     """
-    cut, rows = _cutter(mesh), experience.advantage.shape[0]
+    cut, rows = _cutter(mesh), experience.inputs.prompt.shape[0]
     parts = config.minibatches * microbatches
     _check_parts(rows, parts)
     check_rows(rows // parts, mesh)
@@ -225,13 +233,19 @@ def _cutter(mesh: Mesh) -> Callable[[Experience, Array | None, int, int, int], E
     """Return the program that cuts one update's micro-batches out of a step's samples, taken in an order."""
 
     def cut(tree: Experience, order: Array | None, number: Array, minibatches: int, microbatches: int) -> Experience:
+        ordered = tree if order is None else jax.tree.map(functools.partial(_reordered, order=order), tree)
         parts = jax.tree.map(
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * microbatches, microbatches),
-            split(tree if order is None else jax.tree.map(lambda leaf: leaf[order], tree), minibatches * microbatches),
+            split(ordered, minibatches * microbatches),
         )
         return jax.lax.with_sharding_constraint(parts, batch_shardings(parts, mesh, row_axis=1))
 
     return jax.jit(cut, static_argnums=(3, 4))
+
+
+def _reordered(leaf: Array, order: Array) -> Array:
+    """Return the leaf with the rows of each prompt kept together and prompts in another order."""
+    return leaf.reshape(len(order), -1, *leaf.shape[1:])[order].reshape(leaf.shape)
 
 
 def objective(lm: ConditionalLM, config: RlConfig) -> Objective:

@@ -29,14 +29,8 @@ def policy_reward(
 def gap_reward(
     scorer: Scorer, params: Params, codec: Codec, contexts: Sequence[Context], answers: Sequence[Response]
 ) -> Pending:
-    """Start r_gap(y, y_ref | x) for every context (x, y_ref) (once per answer) and its answer y."""
-    return scorer.begin(params, [codec.gap_prompt(*context) for context in contexts], answers)
+    """Start r_gap(y, y_ref | x) for every context (x, y_ref) (once per answer) and its answer y.
 
-
-def calibration(scorer: Scorer, params: Params, codec: Codec, contexts: Sequence[Context]) -> Pending:
-    """Start r_gap(y_ref, y_ref | x), the gap model's own zero, for every context.
-
-    Only differences of gaps mean anything, so this is what a gap is compared with (METHOD, reward models).
+    Only differences of gaps mean anything: a gap is compared with the model's own zero, r_gap(y_ref, y_ref | x).
     """
-    references = [Response(context.reference, finished=True) for context in contexts]
-    return gap_reward(scorer, params, codec, contexts, references)
+    return scorer.begin(params, [codec.gap_prompt(*context) for context in contexts], answers)

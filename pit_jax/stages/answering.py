@@ -39,9 +39,15 @@ def make_sampler(
 
 
 def make_scorer(
-    model: ScalarModel, codec: Codec, kind: Literal["policy", "gap"], batch_size: int, mesh: Mesh | None = None
+    model: ScalarModel,
+    codec: Codec,
+    kind: Literal["policy", "gap"],
+    batch_size: int,
+    mesh: Mesh | None = None,
+    *,
+    samples: int = 1,
 ) -> Scorer:
-    """Return what scores responses to prompts of a kind with a reward model, at the codec's fixed shapes."""
+    """Return what scores `samples` responses to each prompt of a kind with a reward model, at the codec's shapes."""
     return Scorer(
         model=model,
         width=codec.width(kind),
@@ -49,6 +55,7 @@ def make_scorer(
         eos_id=codec.eos_ids[0],
         pad_id=codec.pad_id,
         batch_size=batch_size,
+        samples=samples,
         mesh=mesh,
     )
 

@@ -175,6 +175,7 @@ def _reinforced(run: PlannedRun, stage: Rl) -> list[Program]:
     beside = (state, frozen.base, frozen.anchor, frozen.reward, frozen.policy)
     rows, references = stage.rollout_rows, training.contexts
     answerers = stage.answerers(run, rows=rows, references=references)
+    answerers = dataclasses.replace(answerers, scorer=stage.step_scorer(run))
     programs = [
         _start(run, trained, training.optimizer, stage.updates, shardings, beside[1:]),
         *_answering(run, "", answerers, params, frozen, beside),
@@ -182,7 +183,7 @@ def _reinforced(run: PlannedRun, stage: Rl) -> list[Program]:
         _update(run, stage, state, shardings, frozen, beside),
     ]
     held_out = training.rollout_batch
-    if (rows, references) != (held_out, held_out):
+    if (rows, references) != (held_out, held_out) or answerers.scorer.samples > 1:
         answerers = stage.answerers(run, rows=held_out, references=held_out)
         programs += _answering(run, "held-out ", answerers, params, frozen, beside)
     return programs
@@ -218,12 +219,13 @@ def _measuring(run: PlannedRun, stage: Rl, params: Params, beside: tuple[Any, ..
 
 def _measured(run: PlannedRun, stage: Rl) -> Measured:
     """Return the shapes of a step's samples and of what is known of them."""
-    samples = stage.training.contexts * stage.rl.samples_per_prompt
+    prompts, each = stage.training.contexts, stage.rl.samples_per_prompt
+    samples = prompts * each
     length = run.codec.lengths.targets
     width = run.codec.width("improver" if stage.role == "improver" else "policy")
     table, column = jnp.zeros((samples, length), jnp.float32), jnp.zeros(samples, jnp.float32)
     measured = Measured(
-        inputs=_conditional(samples, width, length),
+        inputs=_conditional(prompts if stage.shares_prompts(run.mesh) else samples, width, samples, length),
         logp_sampler=table,
         logp_old=table,
         logp_anchor=table,
@@ -374,7 +376,8 @@ def sampling(mesh: Mesh, name: str, sampler: Sampler, params: Params, residents:
 
 def scoring(mesh: Mesh, name: str, scorer: Scorer, params: Params, residents: tuple[Any, ...]) -> Program:
     """Return the program that scores one batch of answers."""
-    batch = _placed(_conditional(scorer.batch_size, scorer.width, scorer.length), mesh, row_axis=0)
+    prompts = scorer.batch_size
+    batch = _placed(_conditional(prompts, scorer.width, prompts * scorer.samples, scorer.length), mesh, row_axis=0)
     score = jax.jit(lambda params, batch: scorer.model.scores(params, batch, 1)[:, 0])
     return Program(name=name, function=score, arguments=(params, batch), residents=residents)
 
@@ -419,8 +422,8 @@ def _placed(batch: Any, mesh: Mesh, *, row_axis: int) -> Any:
     return jax.tree.map(place, batch, batch_shardings(batch, mesh, row_axis=row_axis))
 
 
-def _conditional(rows: int, width: int, length: int) -> Conditional:
-    prompt, response = np.zeros((rows, width), np.int32), np.zeros((rows, length), np.int32)
+def _conditional(prompts: int, width: int, responses: int, length: int) -> Conditional:
+    prompt, response = np.zeros((prompts, width), np.int32), np.zeros((responses, length), np.int32)
     return Conditional(
         prompt=prompt,  # pyright: ignore[reportArgumentType]
         prompt_segments=prompt,  # pyright: ignore[reportArgumentType]

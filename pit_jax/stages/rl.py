@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from pit_jax.core.errors import invalid
 from pit_jax.core.rng import key_for
@@ -23,6 +24,7 @@ from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, Round, contexts
 from pit_jax.rl.experience import objective
 from pit_jax.rl.monitor import MonitorConfig
+from pit_jax.sharding.place import row_parts
 from pit_jax.stages import answering
 from pit_jax.stages.artifact import SNAPSHOTS
 from pit_jax.stages.rl_program import Frozen, HeldOut, Parts, RlProgram
@@ -45,6 +47,10 @@ class RlTraining:
     contexts: prompts (for the improver: prompts with a reference) of a step, each answered G times.
     micro_batches: parts the N = contexts x G samples are cut into to save memory.
     rollout_batch: rows of the one compiled sampling program; must divide N to waste nothing.
+    share_prompts: whether a prompt is computed once for its G samples, in training and where the reward model's
+      attention allows it (`ScalarModel.attention = "causal"`). It changes no result but by rounding, and with several
+      updates a step which samples share one. Prompts that cannot be cut evenly into minibatches and micro-batches
+      are not shared in training.
     evaluation_prompts: held-out prompts answered by each look of the judge; judge_every: steps between them for
       the monitor (0: never); an evaluation record is written every eval_every steps and at the end.
     """
@@ -53,6 +59,7 @@ class RlTraining:
     optimizer: Optimizer
     micro_batches: int = 1
     rollout_batch: int = 256
+    share_prompts: bool = True
     evaluation_prompts: int = 256
     judge_every: int = 0
     log_every: int = 10
@@ -186,6 +193,12 @@ class Rl:
         )
         return frozen, trained
 
+    def shares_prompts(self, mesh: Mesh) -> bool:
+        """Return whether the samples of a prompt are trained on together: where prompts can be cut like samples."""
+        parts = self.training.micro_batches * self.rl.minibatches * row_parts(mesh)
+        several = self.training.share_prompts and self.rl.samples_per_prompt > 1
+        return several and self.training.contexts % parts == 0
+
     def answerers(self, run: Run, *, rows: int, references: int) -> Answerers:
         """Return what answers and scores in batches of `rows`, and writes references in batches of `references`."""
         improver = self.role == "improver"
@@ -194,6 +207,15 @@ class Rl:
             policy_sampler=answering.sampler(run, "policy", self.policy_sampling, references),
             scorer=answering.scorer(run, self.reward, "gap" if improver else "policy", rows),
         )
+
+    def step_scorer(self, run: Run) -> Scorer:
+        """Return what scores the samples of a step, and as one more of each prompt its reference."""
+        kind, samples = "gap" if self.role == "improver" else "policy", self.rl.samples_per_prompt
+        model, rows = run.reward_model(self.reward, "gap" if kind == "gap" else "bt"), self.rollout_rows
+        if not self.training.share_prompts or samples == 1 or model.attention != "causal":
+            return answering.scorer(run, self.reward, kind, rows)
+        prompts = answering.shared_out(run.mesh, max(rows // samples, 1))
+        return answering.make_scorer(model, run.codec, kind, prompts, run.mesh, samples=samples + 1)
 
     @property
     def rollout_rows(self) -> int:
@@ -216,7 +238,8 @@ class Rl:
             micro_batches=training.micro_batches,
             sampler=answerers.sampler,
             policy_sampler=answerers.policy_sampler,
-            scorer=answerers.scorer,
+            scorer=self.step_scorer(run),
+            shared=self.rl.samples_per_prompt if self.shares_prompts(run.mesh) else 1,
             source=run.source("rl", "train", stream=self.name),
             step=step,
             monitor=self.monitor,

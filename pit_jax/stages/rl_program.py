@@ -22,6 +22,7 @@ from pit_jax.io.checkpoint import Checkpoints
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
 from pit_jax.models.trained import whole
+from pit_jax.ops.shared import share
 from pit_jax.rl import monitor, reward
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, contexts, records_per_step
@@ -60,6 +61,8 @@ class Parts:
     improver: whether prompts hold a reference (M_PIT with r_gap) or not (M_P with R_P).
     contexts: prompts (with a reference each, for the improver) of a step; each is answered G times.
     policy_sampler: for references of kind "policy".
+    shared: samples of a prompt that share it where they are scored by the policy, the anchor and the value head, and
+      trained on; 1 where each has it for itself. scorer: of G + 1 answers to each prompt, the last its reference.
     snapshots: number of steps done -> parameters are kept for good.
     judge_every: steps between looks of the held-out judge for the monitor, 0 for none.
     """
@@ -76,6 +79,7 @@ class Parts:
     sampler: Sampler
     policy_sampler: Sampler
     scorer: Scorer
+    shared: int
     source: Source
     step: Step
     monitor: monitor.MonitorConfig
@@ -209,18 +213,19 @@ class RlProgram:
         parts, (met, rolled) = self._parts, drawn
         self.phases.enter("score")
         params, repeat = self._lm_params(state), parts.config.samples_per_prompt
-        inputs: Conditional = put_batch(rolled.inputs, parts.mesh, row_axis=0)
+        inputs: Conditional = put_batch(share(rolled.inputs, parts.shared), parts.mesh, row_axis=0)
         scores = in_turn(token_scores(parts.lm, params, inputs, parts.micro_batches))
         answered = [context for context in met for _ in range(repeat)]
-        earned, reference = self._rewards(met, answered, rolled.responses)
+        rewards = self._rewards(met, rolled.responses)
         anchor = in_turn(token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches))
         values = jnp.zeros_like(scores.logp)
         if parts.config.estimator == "ppo":
             values = in_turn(token_values(ValueModel(parts.lm), self._params(state), inputs, parts.micro_batches))
+        table = rewards().reshape(len(met), repeat + 1)
         on_host = {
             "logp_sampler": rolled.samples.logp,
-            "reward": earned(),
-            "reference_reward": np.repeat(reference(), repeat),
+            "reward": table[:, :-1].reshape(-1),
+            "reference_reward": np.repeat(table[:, -1], repeat),
             "reference_length": np.array([len(context.reference) + 1.0 for context in answered], np.float32),
             "finished": rolled.samples.finished,
         }
@@ -233,22 +238,16 @@ class RlProgram:
             **put_batch(on_host, parts.mesh, row_axis=0),
         )
 
-    def _rewards(
-        self, met: Sequence[Context], answered: Sequence[Context], answers: Sequence[Response]
-    ) -> tuple[reward.Pending, reward.Pending]:
-        """Start the rewards of the answers, and those of the references themselves."""
+    def _rewards(self, met: Sequence[Context], answers: Sequence[Response]) -> reward.Pending:
+        """Start the rewards of the answers, and after those to a prompt that of its reference: one more answer."""
         parts, params = self._parts, self._frozen.reward
+        repeat, groups = parts.config.samples_per_prompt, []
+        for number, context in enumerate(met):
+            groups += [*answers[number * repeat : (number + 1) * repeat], Response(context.reference, finished=True)]
+        answered = [context for context in met for _ in range(repeat + 1)]
         if parts.improver:
-            return (
-                reward.gap_reward(parts.scorer, params, parts.codec, answered, answers),
-                reward.calibration(parts.scorer, params, parts.codec, met),
-            )
-        references = [Response(context.reference, finished=True) for context in met]
-        prompts, reference_prompts = ([context.prompt for context in group] for group in (answered, met))
-        return (
-            reward.policy_reward(parts.scorer, params, parts.codec, prompts, answers),
-            reward.policy_reward(parts.scorer, params, parts.codec, reference_prompts, references),
-        )
+            return reward.gap_reward(parts.scorer, params, parts.codec, answered, groups)
+        return reward.policy_reward(parts.scorer, params, parts.codec, [context.prompt for context in answered], groups)
 
     def _watch(self, stats: Metrics, state: TrainState, step: int) -> Metrics:
         """Update baseline and monitor; return what they add to the log."""

@@ -8,7 +8,7 @@ import numpy as np
 from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.rl.curriculum import Context
-from pit_jax.rl.reward import calibration, gap_reward, policy_reward
+from pit_jax.rl.reward import gap_reward, policy_reward
 from pit_jax.rl.rollout import rollout, rollout_keys
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM, ToyReward, toy_codec, worth
 
@@ -57,4 +57,5 @@ def test_rewards_read_prompt_reference_and_answer() -> None:
     gaps = gap_reward(SCORER, WORTH, CODEC, contexts, answers)()
     np.testing.assert_allclose(gaps, plain - [value[[5, 3]].mean(), value[4]], rtol=1e-5, atol=1e-6)
     zero = [value[[5, 3, EOS]].mean() - value[[5, 3]].mean(), value[[4, EOS]].mean() - value[4]]
-    np.testing.assert_allclose(calibration(SCORER, WORTH, CODEC, contexts)(), zero, rtol=1e-5)
+    references = [Response(context.reference, finished=True) for context in contexts]
+    np.testing.assert_allclose(gap_reward(SCORER, WORTH, CODEC, contexts, references)(), zero, rtol=1e-5)
