@@ -18,7 +18,7 @@ from pit_jax.core.types import Conditional, Params, Prompts, Samples
 from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
-from pit_jax.sharding.place import fetch, in_turn, put_batch
+from pit_jax.sharding.place import fetch, in_turn, put_batch, row_parts
 from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
 
 
@@ -133,12 +133,33 @@ class Sampler:
         if self.batch_size < 1:
             raise invalid("Sampler.batch_size", self.batch_size, "be at least 1", "Give the rows of one batch.")
 
+    def prompts_at_once(self, samples: int) -> int:
+        """Return how many prompts, with so many samples each, are a batch; 0 where one has too many for sharing it."""
+        prompts = self.batch_size // samples
+        return prompts if self.mesh is None else prompts - prompts % row_parts(self.mesh)
+
     def sample(self, params: Params, prompts: Prompts, keys: Key[Array, " N"]) -> Samples:
-        """Return one sample for each of N prompts as NumPy arrays, computed `batch_size` rows at a time."""
-        parts = []
-        for index, real in chunks(len(prompts.tokens), self.batch_size):
-            batch, streams = _place(jax.tree.map(lambda leaf, index=index: leaf[index], (prompts, keys)), self.mesh)
-            samples = generate(
+        """Return a sample for each of N keys as NumPy arrays, computed at most `batch_size` rows at a time.
+
+        Each of X prompts has N / X keys, one after the other. It is read once for all of its samples, unless they are
+        more than `batch_size`.
+
+        Raises:
+          DataError: the keys cannot be shared out among the prompts.
+        """
+        count = len(prompts.tokens)
+        if len(keys) % count:
+            raise DataError(f"{len(keys)} keys cannot be shared out among {count} prompts. Give each as many.")
+        samples = len(keys) // count
+        size = self.prompts_at_once(samples)
+        if size == 0:
+            prompts = jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), prompts)
+            count, samples, size = len(keys), 1, self.batch_size
+        keys, parts = keys.reshape(count, samples), []
+        for index, real in chunks(count, size):
+            batch, streams = jax.tree.map(lambda leaf, index=index: leaf[index], (prompts, keys))
+            batch, streams = _place((batch, streams.reshape(-1)), self.mesh)
+            drawn = generate(
                 self.lm,
                 params,
                 batch,
@@ -148,11 +169,11 @@ class Sampler:
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
             )
-            parts.append(jax.tree.map(lambda leaf, real=real: leaf[:real], fetch(samples)))
+            parts.append(jax.tree.map(lambda leaf, rows=real * samples: leaf[:rows], fetch(drawn)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
     def answer(self, params: Params, rows: Sequence[PromptRow], keys: Key[Array, " N"]) -> list[Response]:
-        """Return one sampled response for each prompt row; none for none."""
+        """Return a sampled response for each key, N / X successive ones for each of X prompt rows; none for none."""
         if not rows:
             return []
         return responses(self.sample(params, rows_to_prompts(rows, self.width, self.pad_id), keys))

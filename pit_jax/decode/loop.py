@@ -52,20 +52,24 @@ def generate(
     eos_ids: tuple[int, ...],
     pad_id: int,
 ) -> Samples:
-    """Sample one response of at most `max_new` tokens for every prompt.
+    """Sample a response of at most `max_new` tokens for every key, B / X of them for each of X prompts in turn.
 
-    A row ends with the first token out of `eos_ids`; what follows is `pad_id`, outside the mask, with
+    Each prompt is read once: row b, which answers prompt b // (B / X), shares its keys and values with its fellows. A
+    row ends with the first token out of `eos_ids`; what follows is `pad_id`, outside the mask, with
     log-probability 0. The loop ends with the longest row. `logp` is the untempered log-probability, the one
     `lm.logprobs` gives. Row b uses `keys[b]` only: its sample does not depend on its batch mates, on the
     size of the batch or on the width of the padding.
 
     Raises:
-      ConfigError: `max_new` is not positive or `eos_ids` is empty.
+      ConfigError: `max_new` is not positive, `eos_ids` is empty, or the keys cannot be shared out among the prompts.
     """
     if max_new < 1:
         raise invalid("generate.max_new", max_new, "be at least 1", "Leave room for a response in the lengths.")
     if not eos_ids:
         raise invalid("generate.eos_ids", eos_ids, "name at least one token", "Give the tokenizer's eos_ids.")
+    rows, each = keys.shape[0], prompts.tokens.shape[0]
+    if rows % each:
+        raise invalid("generate.keys", rows, f"be a multiple of the {each} prompts", "Give each as many samples.")
     program = _Program(
         lm=lm, top_k=sampling.top_k, top_p=sampling.top_p, max_new=max_new, eos_ids=tuple(eos_ids), pad_id=pad_id
     )
@@ -76,7 +80,7 @@ def generate(
 def _run(
     params: Params, prompts: Prompts, keys: Key[Array, " B"], temperature: Float[Array, ""], program: _Program
 ) -> Samples:
-    rows = prompts.tokens.shape[0]
+    rows = keys.shape[0]
     shape, axes = (rows, program.max_new), ("batch", None)
     empty = _Loop(
         t=jnp.int32(0),
@@ -87,7 +91,7 @@ def _run(
         mask=constrain(jnp.zeros(shape, bool), axes),
         logp=constrain(jnp.zeros(shape, jnp.float32), axes),
     )
-    logits, cache = program.lm.prefill(params, prompts, program.max_new)
+    logits, cache = program.lm.prefill(params, prompts, program.max_new, rows // prompts.tokens.shape[0])
     first = _append(empty._replace(cache=cache), logits, keys, temperature, program)
 
     def advance(loop: _Loop) -> _Loop:

@@ -35,9 +35,9 @@ def best_of_n(
     """
     if n < 1:
         raise invalid("best_of_n.n", n, "be at least 1", "2 costs as much sampling as one improvement step.")
-    rows = [row for row in map(codec.policy_prompt, prompts) for _ in range(n)]
+    rows = [codec.policy_prompt(prompt) for prompt in prompts]
     samples = policy(rows, sample_keys(seed, "answers", 0, range(len(prompts)), n))
-    rewards = reward(rows, samples).reshape(len(prompts), n)
+    rewards = reward([row for row in rows for _ in range(n)], samples).reshape(len(prompts), n)
     chosen = best(usable(rewards, samples))
     grouped = [tuple(samples[start : start + n]) for start in range(0, len(samples), n)]
     return [

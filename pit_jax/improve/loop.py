@@ -17,7 +17,7 @@ from pit_jax.improve.accept import Improve, accepts, best, usable
 from pit_jax.text.codec import Codec, PromptRow
 
 Answerer = Callable[[Sequence[PromptRow], Key[Array, " N"]], list[Response]]
-"""One sample for each prompt row: `functools.partial(sampler.answer, params)`."""
+"""A sample for each key, as many for each prompt row: `functools.partial(sampler.answer, params)`."""
 Judge = Callable[[Sequence[PromptRow], Sequence[Response]], Float[np.ndarray, " N"]]
 """One scalar for each prompt row with its response: `functools.partial(scorer.score, params)`."""
 
@@ -118,7 +118,7 @@ def improve(
         present = [trajectories[number].final for number in active]
         contexts = [(prompts[number], as_reference(codec, y)) for number, y in zip(active, present, strict=True)]
         keys = sample_keys(seed, "improve", iteration, [start + number for number in active], config.candidates)
-        rows = [codec.improver_prompt(*context) for context in contexts for _ in range(config.candidates)]
+        rows = [codec.improver_prompt(*context) for context in contexts]
         steps = _score_and_choose(config, gap, codec, contexts, present, improver(rows, keys))
         for number, step in zip(active, steps, strict=True):
             row = trajectories[number]

@@ -50,8 +50,13 @@ class ConditionalLM(Protocol):
         """Return the final hidden states at the prompts' and the responses' own positions."""
         ...
 
-    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], Cache]:
-        """Return the logits of the first new token, and a cache with room for `max_new` of them."""
+    def prefill(
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits of the first new token, and a cache with room for `max_new` of them.
+
+        Each of X prompts is read once and has B / X = `samples` rows, one after the other.
+        """
         ...
 
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.models.config import ModelConfig
-from pit_jax.ops import attention, cudnn, sight, splash
+from pit_jax.ops import attention, cached, cudnn, sight, splash
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding import rules
 from pit_jax.sharding.rules import constrain
@@ -29,8 +29,8 @@ Form = Literal["xla", "splash", "cudnn"]
 QUERIES = ("batch", "length", "heads", None)
 KNOWN = ("batch", "length", "kv_heads", None)
 GATHERED = ("batch", None, "kv_heads", None)
-CACHE = ("layers", "batch", "cache", "kv_heads", "head_dim")
-"""Axes of a cache of keys or values of all layers, `[N, B, C, Kh, E]`."""
+CACHE = ("layers", "batch", "kv_heads", "cache", "head_dim")
+"""Axes of a cache of keys or values of all layers, `[N, B, Kh, C, E]`."""
 
 
 class KeysValues(NamedTuple):
@@ -40,16 +40,19 @@ class KeysValues(NamedTuple):
     values: Float[Array, "*N B K Kh E"]
 
 
+Pieces = tuple[KeysValues, ...]
+"""Keys and values of a cache, one piece after the other, `[X, Kh, K, E]` each (`ops.cached`)."""
+
+
 class Masks(NamedTuple):
     """What queries see, as masks: `near` is that of layers with a window, None where it is `seen` as well.
 
-    form: what computes it. cached: keys and values are a cache's, which stay where they lie.
+    form: what computes it, where keys and values are of whole rows.
     """
 
     seen: Bool[Array, "#B 1 Q K"]
     near: Bool[Array, "#B 1 Q K"] | None = None
     form: Form = "xla"
-    cached: bool = False
 
 
 class Orders(NamedTuple):
@@ -127,28 +130,31 @@ def cut(known: KeysValues) -> KeysValues:
 
 def attend(
     queries: Float[Array, "B Q H E"],
-    known: KeysValues,
+    known: KeysValues | Pieces,
     scene: Scene,
     windowed: Bool[Array, ""] | None,
     scores: Scores,
 ) -> Float[Array, "B Q H E"]:
     """Return what the queries of one layer find; `windowed` says whether the layer has the window, if any has.
 
-    Keys and values of whole rows are gathered over the mesh axis `sequence`, queries and results stay cut. Successive
-    rows of queries may share a row of keys and values: the scene is then of the queries as one row.
+    Keys and values of whole rows are gathered over the mesh axis `sequence`, queries and results stay cut. Those of a
+    cache stay where they lie. Successive rows of queries may share a row of keys and values: the scene is then of the
+    queries as one row.
     """
-    if known.keys.shape[0] != queries.shape[0]:
+    if isinstance(known, KeysValues) and known.keys.shape[0] != queries.shape[0]:
         joined = queries.reshape(known.keys.shape[0], -1, *queries.shape[2:])
         return attend(joined, known, scene, windowed, scores).reshape(queries.shape)
     if isinstance(scene, Orders):
+        assert isinstance(known, KeysValues)
         return _splash(queries, known, scene, windowed, scores)
     mask = scene.seen
     if scene.near is not None and windowed is not None:
         mask = jnp.where(windowed, scene.near, scene.seen)
+    if not isinstance(known, KeysValues):
+        return cached.attend(queries, known, mask=mask, bias=scores.bias, scale=scores.scale, softcap=scores.softcap)
     if scene.form == "cudnn":
         return _cudnn(queries, known, mask, scores)
-    if not scene.cached:
-        known = KeysValues(*(constrain(part, GATHERED) for part in known))
+    known = KeysValues(*(constrain(part, GATHERED) for part in known))
     return attention.attend(queries, *known, mask=mask, bias=scores.bias, scale=scores.scale, softcap=scores.softcap)
 
 

@@ -12,16 +12,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import attending, functional, layers, sharing
+from pit_jax.models import attending, caches, functional, layers, sharing
 from pit_jax.models.api import Attention
+from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig, RopeScaling
 from pit_jax.ops import logprob, mask, relative_bias, rotary, shared
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
 POSITIONS = ("rotary", "learned", "relative")
-_NEVER = 2**30
-"""Position of a cache slot that no query reaches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,21 +173,6 @@ class DecoderOnlyConfig(ModelConfig):
         return ~everywhere & (self.window is not None)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderCache:
-    """Keys and values of the prompt's S slots and `max_new` more.
-
-    Generated tokens take the same slot in every row, whatever the row's prompt length. `positions` holds the
-    position of each slot, beyond every query's for slots of padding, so that causality alone hides what must be.
-    """
-
-    keys: Float[Array, "N B C Kh E"]
-    values: Float[Array, "N B C Kh E"]
-    positions: Int[Array, "B C"]
-    slot: Int[Array, ""]
-
-
 class DecoderNet(nnx.Module):
     """Embedding, a stack of blocks, a final norm, and the output matrix unless it is tied."""
 
@@ -299,24 +283,24 @@ class DecoderNet(nnx.Module):
         states, known = self._layers(body, embedded, inputs)
         return [self.final_norm(x) for x in states], known
 
-    def extend(self, cache: DecoderCache, row: layers.Row) -> tuple[Float[Array, "B D"], DecoderCache]:
+    def extend(self, cache: Cache, row: layers.Row) -> tuple[Float[Array, "B D"], Cache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        here, there, window = row.positions, cache.positions, self.config.window
+        here, window = row.positions, self.config.window
+        there = jnp.concatenate([cache.prompt_places, cache.own_places], axis=1)
         seen = mask.causal(here, there)
         near = None if window is None else seen & mask.reach(here, there, window - 1, window - 1)
-        view = self.view(attending.Masks(seen, near, cached=True), here, there)
+        view = self.view(attending.Masks(seen, near), here, there)
 
-        def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, kept), (index, windowed) = carry, inputs
+        def body(block: layers.Block, carry: tuple, layer: tuple) -> tuple:
+            (x, own), (index, windowed, prompt) = carry, layer
             queries, new = block.look(x, view.turn_of(windowed))
-            kept, known = layers.remember(kept, new, index, cache.slot)
+            own, known = caches.remember(own, new, index, cache.slot)
             sight = block.sight(view.scene, windowed, view.bias)
-            return (block.finish(x, queries, known, sight, None, None), kept), None
+            return block.finish(x, queries, (prompt, known), sight, None, None), own
 
-        inputs = (np.arange(self.config.layers, dtype=np.int32), self.config.windowed)
-        carry = (self.embed(row, None), layers.KeysValues(cache.keys, cache.values))
-        (x, kept), _ = self._layers(body, carry, inputs)
-        return self.final_norm(x)[:, 0], dataclasses.replace(cache, **kept._asdict(), slot=cache.slot + 1)
+        scan, carry = self.config.scan_layers, (self.embed(row, None), cache.own)
+        x, own = functional.walk_layers(self.layers, body, carry, cache.layers(self.config.windowed), scan=scan)
+        return self.final_norm(x)[:, 0], cache.after(own)
 
     def _layers(self, body, carry, inputs):
         config = self.config
@@ -398,8 +382,10 @@ class DecoderOnly:
         states, _ = net.run(row, scene, None, keep=False)
         return self._logits(net, states)
 
-    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], DecoderCache]:
-        """Return the logits of the first new token, and the cache.
+    def prefill(
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits of the first new token of `samples` rows a prompt, and the cache.
 
         Raises:
           ConfigError: prompts and new tokens need more positions than are learned.
@@ -412,21 +398,18 @@ class DecoderOnly:
         row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
         states, known = net.run(row, net.scene(row, "causal", self._prefix(width)), None, keep=True)
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        new = lengths[:, None] + jnp.arange(max_new, dtype=jnp.int32)[None, :]
-        positions = jnp.concatenate([jnp.where(prompts.mask, row.positions, _NEVER), new], axis=1)
-        unused = attending.slots(width + max_new) - width - max_new
-        positions = jnp.pad(positions, ((0, 0), (0, unused)), constant_values=_NEVER)
-        keys, values = (layers.with_room(part, max_new + unused) for part in known)
-        slot = jnp.asarray(width, jnp.int32)
         last = layers.gather(states, lengths[:, None] - 1)[:, 0]
-        return self._logits(net, last), DecoderCache(keys=keys, values=values, positions=positions, slot=slot)
+        places = jnp.where(prompts.mask, row.positions, caches.NEVER)
+        apart = not self.config.scan_layers
+        cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, apart=apart)
+        return jnp.repeat(self._logits(net, last), samples, axis=0), cache
 
-    def step(
-        self, params: Params, cache: DecoderCache, token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+    def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; the work is linear in the cache."""
-        net = self._bind(params)
-        positions = jax.lax.dynamic_slice_in_dim(cache.positions, cache.slot, 1, axis=1)
+        net, positions = self._bind(params), cache.here
+        if self.config.max_positions is not None:
+            # Only rows that nobody reads any more can get there.
+            positions = jnp.minimum(positions, self.config.max_positions - 1)
         row = layers.Row(token[:, None], jnp.ones_like(positions), positions, jnp.full_like(positions, layers.RESPONSE))
         state, cache = net.extend(cache, row)
         return self._logits(net, state), cache

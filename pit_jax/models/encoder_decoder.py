@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from pit_jax.models import attending, functional, layers, sharing
-from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
-from pit_jax.ops import mask, relative_bias
+from pit_jax.models import attending, caches, functional, layers, sharing
+from pit_jax.models.caches import Cache
+from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from pit_jax.ops import relative_bias
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
@@ -124,28 +125,25 @@ class Stack(nnx.Module):
         def body(block: layers.Block, carry: None, inputs: None) -> tuple[None, layers.KeysValues]:
             return None, block.cross.keys_values(encoded, None)
 
-        return layers.KeysValues(*(layers.with_room(part, 0) for part in self.each(body, None, None)[1]))
+        return self.each(body, None, None)[1]
 
-    def extend(self, cache: Seq2SeqCache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
+    def extend(self, cache: Cache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Cache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        slots = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)[None, :]
-        here = cache.slot[None, None]
-        scene, bias = attending.Masks(mask.causal(here, slots), cached=True), self.bias(here, slots)
-        prompt_sight = layers.Sight(attending.Masks(cache.prompt_mask[:, None, None, :], cached=True))
+        # Differences of positions are ages of slots, the same in all rows: one bias serves them.
+        scene = attending.Masks(cache.known[:, None, None, :])
+        bias = self.bias(jnp.zeros((1, 1), jnp.int32), -cache.ages)
+        across = layers.Sight(attending.Masks((cache.prompt_places < caches.NEVER)[:, None, None, :]))
 
-        def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, kept), (index, prompt) = carry, inputs
+        def body(block: layers.Block, carry: tuple, layer: tuple) -> tuple:
+            (x, own), (index, _, prompt) = carry, layer
             queries, new = block.look(x, None)
-            kept, known = layers.remember(kept, new, index, cache.slot)
-            x = block.finish(
-                x, queries, known, block.sight(scene, None, bias), layers.Cross(prompt, prompt_sight), None
-            )
-            return (x, kept), None
+            own, known = caches.remember(own, new, index, cache.slot)
+            cross = layers.Cross((prompt,), across)
+            return block.finish(x, queries, (known,), block.sight(scene, None, bias), cross, None), own
 
-        index = np.arange(self.count, dtype=np.int32)
-        inputs = (index, layers.KeysValues(cache.prompt_keys, cache.prompt_values))
-        (x, kept), _ = self.each(body, (x, layers.KeysValues(cache.keys, cache.values)), inputs)
-        return self.final_norm(x)[:, 0], dataclasses.replace(cache, **kept._asdict(), slot=cache.slot + 1)
+        scan, parts = self.config.scan_layers, cache.layers(np.zeros(self.count, bool))
+        x, own = functional.walk_layers(self.layers, body, (x, cache.own), parts, scan=scan)
+        return self.final_norm(x)[:, 0], cache.after(own)
 
     def each(self, body, carry, inputs):
         """Call `body` for each layer."""
@@ -200,21 +198,11 @@ class EncoderDecoderNet(nnx.Module):
         bias = self.decoder.bias(columns, columns)
         return self.decoder.run(self.embed(inputs, keys[0]), scene, bias, (encoded, across), keys[1])
 
-    def start(self, encoded: Float[Array, "B S D"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
-        """Return a cache with room for `slots` tokens."""
-        memory = self.decoder.prompt_memory(encoded)
-        layer, rows, _, heads, width = memory.keys.shape
-        empty = layers.with_room(jnp.zeros((layer, rows, 0, heads, width), memory.keys.dtype), slots)
-        return Seq2SeqCache(
-            keys=empty,
-            values=empty,
-            prompt_keys=memory.keys,
-            prompt_values=memory.values,
-            prompt_mask=prompt_mask,
-            slot=jnp.zeros((), jnp.int32),
-        )
+    def recall(self, encoded: Float[Array, "B S D"]) -> layers.KeysValues:
+        """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, H, E]`."""
+        return self.decoder.prompt_memory(encoded)
 
-    def extend(self, cache: Seq2SeqCache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
+    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
         """Return the states of one new token per row, and the cache that knows it."""
         # The decoder knows places by relative bias alone; segments and positions are the cache's business here.
         row = layers.Row(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens), jnp.full_like(tokens, layers.RESPONSE))

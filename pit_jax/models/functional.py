@@ -102,6 +102,28 @@ def run_layers(
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
+def walk_layers(stack: nnx.Module, body: Callable[[Any, Any, Any], Any], carry: Any, inputs: Any, *, scan: bool) -> Any:
+    """Call `body(layer, carry, input) -> carry` for each layer of a `stacked` module, as decoding does.
+
+    Args:
+      stack: the layers.
+      body: what one layer does.
+      carry: what goes from layer to layer.
+      inputs: with `scan`, a tree of arrays with a leading axis of layers; else a sequence of one input a layer.
+      scan: one compiled layer in a loop, or unrolled.
+    """
+    graph, state = nnx.split(stack)
+    parts = nnx.to_pure_dict(state)
+    if scan:
+        return jax.lax.scan(
+            lambda carry, one: (body(nnx.merge(graph, one[0]), carry, one[1]), None), carry, (parts, inputs)
+        )[0]
+    leaves, structure = jax.tree.flatten(parts)
+    for leaf, given in zip(zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True), inputs, strict=True):
+        carry = body(nnx.merge(graph, jax.tree.unflatten(structure, leaf)), carry, given)
+    return carry
+
+
 def _policy(remat: str) -> Callable[..., bool] | None:
     policies = jax.checkpoint_policies
     return {

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, TokenScores
 from pit_jax.models import attending
-from pit_jax.models.attending import KeysValues, Scene, Scores
+from pit_jax.models.attending import KeysValues, Pieces, Scene, Scores
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.quantised import Quantised, product, quantise_kernel
 from pit_jax.ops import norm, rotary, segment
@@ -68,24 +68,6 @@ class Bias(NamedTuple):
 
     shared: Float[Array, "#B H Q K"] | None
     buckets: Int[Array, "#B Q K"] | None
-
-
-def remember(
-    cache: KeysValues, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, ""]
-) -> tuple[KeysValues, KeysValues]:
-    """Return the cache of all layers, `[N, B, C, Kh, E]`, with one slot of one layer written, and that layer's part.
-
-    A scan that carries the whole cache writes it in place: one slot is written, one layer read.
-    """
-    at = (layer, 0, slot, 0, 0)
-    written = [jax.lax.dynamic_update_slice(old, one[None], at) for old, one in zip(cache, new, strict=True)]
-    written = [constrain(part, attending.CACHE) for part in written]
-    return KeysValues(*written), KeysValues(*(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in written))
-
-
-def with_room(known: Float[Array, "N B C Kh E"], slots: int) -> Float[Array, "N B C+slots Kh E"]:
-    """Return keys or values of all layers as a cache: with so many empty slots more, and cut by the rules."""
-    return constrain(jnp.pad(known, ((0, 0), (0, 0), (0, slots), (0, 0), (0, 0))), attending.CACHE)
 
 
 class Row(NamedTuple):
@@ -375,7 +357,7 @@ class Attention(nnx.Module):
         keys = self.key_norm(self.key(x)) if self.block.qk_norm else self.key(x)
         return attending.cut(KeysValues(keys if turn is None else rotary.apply(keys, *turn), self.value(x)))
 
-    def read(self, queries: Float[Array, "B Q H E"], known: KeysValues, sight: Sight) -> Float[Array, "B Q D"]:
+    def read(self, queries: Float[Array, "B Q H E"], known: KeysValues | Pieces, sight: Sight) -> Float[Array, "B Q D"]:
         """Return what the queries find among keys and values."""
         scores = Scores(self.block.attention_scale, self.block.softcap, sight.bias)
         return self.out(attending.attend(queries, known, sight.scene, sight.windowed, scores))
@@ -441,7 +423,7 @@ class Sublayer(nnx.Module):
 class Cross(NamedTuple):
     """What the decoder sees of the encoder in one layer."""
 
-    known: KeysValues
+    known: KeysValues | Pieces
     sight: Sight
 
 
@@ -474,7 +456,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B L D"],
         queries: Float[Array, "B L H E"],
-        known: KeysValues,
+        known: KeysValues | Pieces,
         sight: Sight,
         cross: Cross | None,
         key: jax.Array | None,

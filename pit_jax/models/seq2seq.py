@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import attending, functional, layers
+from pit_jax.models import caches, functional, layers
 from pit_jax.models.api import Attention
+from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig
 from pit_jax.ops import logprob, shared
 
@@ -52,23 +53,6 @@ class Seq2SeqConfig(ModelConfig):
         return None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Seq2SeqCache:
-    """The decoder's keys and values, a slot per position, and those of the encoder's states.
-
-    Where both are looked at together (`T5GemmaConfig.merged_attention`) the prompt's come first in `keys` and `values`
-    and have no place of their own. `slot` counts the decoder's tokens.
-    """
-
-    keys: Float[Array, "N B C Kh E"]
-    values: Float[Array, "N B C Kh E"]
-    prompt_keys: Float[Array, "N B S Kh E"] | None
-    prompt_values: Float[Array, "N B S Kh E"] | None
-    prompt_mask: Bool[Array, "B S"]
-    slot: Int[Array, ""]
-
-
 class Seq2SeqNet(Protocol):
     """The network behind a `Seq2Seq`."""
 
@@ -89,12 +73,12 @@ class Seq2SeqNet(Protocol):
         """
         ...
 
-    def start(self, encoded: Float[Array, "B S De"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
-        """Return a cache with room for `slots` tokens."""
+    def recall(self, encoded: Float[Array, "B S De"]) -> layers.KeysValues:
+        """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, Kh, E]`."""
         ...
 
-    def extend(self, cache: Seq2SeqCache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
-        """Return the states of one new token per row, and the cache that knows it."""
+    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
+        """Return the states of one new token per row, and the cache that knows it; the encoder's are its prompts."""
         ...
 
 
@@ -174,17 +158,19 @@ class Seq2Seq:
         inputs = layers.response_row(decoder_tokens, jnp.ones_like(decoder_tokens))
         return self._logits(net, net.decode(prompt, encoded, inputs, None))
 
-    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[Float[Array, "B V"], Seq2SeqCache]:
-        """Return the logits of the first new token, and the cache."""
-        net = self._bind(params)
-        row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
+    def prefill(
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Return the logits of the first new token of `samples` rows a prompt, and the cache."""
+        net, mask = self._bind(params), prompts.mask
+        row = layers.prompt_row(prompts.tokens, mask.astype(jnp.int32), prompts.reference)
+        known, places = net.recall(net.encode(row, None)), jnp.where(mask, 0, caches.NEVER)
+        first, apart = jnp.zeros(mask.shape[0], jnp.int32), not self.config.scan_layers
         # One slot more than new tokens: the start token takes the first.
-        cache = net.start(net.encode(row, None), prompts.mask, attending.slots(max_new + 1))
-        return self.step(params, cache, jnp.full(prompts.tokens.shape[:1], self.config.start_id, jnp.int32))
+        cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, apart=apart)
+        return self.step(params, cache, jnp.full(cache.count.shape, self.config.start_id, jnp.int32))
 
-    def step(
-        self, params: Params, cache: Seq2SeqCache, token: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B V"], Seq2SeqCache]:
+    def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; the work is linear in the cache."""
         net = self._bind(params)
         state, cache = net.extend(cache, token[:, None])

@@ -12,9 +12,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.errors import invalid
-from pit_jax.models import attending, functional, layers, sharing
+from pit_jax.models import attending, caches, functional, layers, sharing
+from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig, RopeScaling
-from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqCache, Seq2SeqConfig
+from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from pit_jax.ops import mask, rotary
 from pit_jax.ops.sight import Order
 from pit_jax.sharding.rules import constrain
@@ -239,32 +240,29 @@ class Stack(nnx.Module):
         def body(block: layers.Block, carry: None, inputs: None) -> tuple[None, layers.KeysValues]:
             return None, self.recall(block, states)
 
-        return layers.KeysValues(*(layers.with_room(part, 0) for part in self.each(body, None, None)[1]))
+        return self.each(body, None, None)[1]
 
-    def extend(self, cache: Seq2SeqCache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
+    def extend(self, cache: Cache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Cache]:
         """Return the final states of one new token per row, and the cache that knows it."""
-        merged, prompt_mask = self.config.merged_attention, cache.prompt_mask[:, None, None, :]
-        prompts = cache.prompt_mask.shape[1] if merged else 0
-        slots = jnp.arange(cache.keys.shape[2] - prompts, dtype=jnp.int32)[None, :]
-        here = cache.slot[None, None]
-        seen = mask.causal(here, slots)
-        near = None if self.reach is None else seen & mask.reach(here, slots, *self.reach)
+        merged, here, there = self.config.merged_attention, cache.here, cache.own_places
+        prompt_mask = (cache.prompt_places < caches.NEVER)[:, None, None, :]
+        seen = mask.causal(here, there)
+        near = None if self.reach is None else seen & mask.reach(here, there, *self.reach)
         if merged:
             seen, near = _beside(prompt_mask, seen), None if near is None else _beside(prompt_mask, near)
-        view = self.view(attending.Masks(seen, near, cached=True), here)
-        across = layers.Sight(attending.Masks(prompt_mask, cached=True))
+        view = self.view(attending.Masks(seen, near), here)
+        across = layers.Sight(attending.Masks(prompt_mask))
 
-        def body(block: layers.Block, carry: tuple, inputs: tuple) -> tuple[tuple, None]:
-            (x, kept), (index, windowed, keys, values) = carry, inputs
+        def body(block: layers.Block, carry: tuple, layer: tuple) -> tuple:
+            (x, own), (index, windowed, prompt) = carry, layer
             queries, new = block.look(x, view.turn_of(windowed))
-            kept, known = layers.remember(kept, new, index, prompts + cache.slot)
-            cross = None if keys is None else layers.Cross(layers.KeysValues(keys, values), across)
-            x = block.finish(x, queries, known, layers.Sight(view.scene, windowed), cross, None)
-            return (x, kept), None
+            own, known = caches.remember(own, new, index, cache.slot)
+            cross, pieces = (None, (prompt, known)) if merged else (layers.Cross((prompt,), across), (known,))
+            return block.finish(x, queries, pieces, layers.Sight(view.scene, windowed), cross, None), own
 
-        inputs = (np.arange(self.count, dtype=np.int32), self.windowed, cache.prompt_keys, cache.prompt_values)
-        (x, kept), _ = self.each(body, (x, layers.KeysValues(cache.keys, cache.values)), inputs)
-        return self.final_norm(x)[:, 0], dataclasses.replace(cache, **kept._asdict(), slot=cache.slot + 1)
+        scan, parts = self.config.scan_layers, cache.layers(self.windowed)
+        x, own = functional.walk_layers(self.layers, body, (x, cache.own), parts, scan=scan)
+        return self.final_norm(x)[:, 0], cache.after(own)
 
     def each(self, body, carry, inputs):
         """Call `body` for each layer."""
@@ -272,9 +270,9 @@ class Stack(nnx.Module):
         return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
 
 
-def _beside(prompt: Bool[Array, "B 1 1 S"], own: Bool[Array, "#B 1 1 K"]) -> Bool[Array, "B 1 1 S+K"]:
+def _beside(prompt: Bool[Array, "B 1 1 S"], own: Bool[Array, "B 1 1 K"]) -> Bool[Array, "B 1 1 S+K"]:
     """Return the mask of queries that see the encoder's states beside their own stack's, and before them."""
-    return jnp.concatenate([prompt, jnp.broadcast_to(own, (prompt.shape[0], *own.shape[1:]))], axis=3)
+    return jnp.concatenate([prompt, own], axis=3)
 
 
 class T5GemmaNet(nnx.Module):
@@ -325,26 +323,11 @@ class T5GemmaNet(nnx.Module):
         view = stack.view(attending.scene(form, queries, known, seen, stack.near(seen)), inputs.positions)
         return stack.run(self.embed(self.embedding, inputs, keys[0]), view, Encoded(encoded, across), keys[1])
 
-    def start(self, encoded: Float[Array, "B S De"], prompt_mask: Bool[Array, "B S"], slots: int) -> Seq2SeqCache:
-        """Return a cache with room for `slots` tokens."""
-        memory, slot = self.decoder.prompt_memory(encoded), jnp.zeros((), jnp.int32)
-        if self.config.merged_attention:
-            prompts = prompt_mask.shape[1]
-            keys, values = (layers.with_room(part, attending.slots(prompts + slots) - prompts) for part in memory)
-            return Seq2SeqCache(
-                keys=keys, values=values, prompt_keys=None, prompt_values=None, prompt_mask=prompt_mask, slot=slot
-            )
-        empty = layers.with_room(jnp.zeros_like(memory.keys[:, :, :0]), slots)
-        return Seq2SeqCache(
-            keys=empty,
-            values=empty,
-            prompt_keys=memory.keys,
-            prompt_values=memory.values,
-            prompt_mask=prompt_mask,
-            slot=slot,
-        )
+    def recall(self, encoded: Float[Array, "B S De"]) -> layers.KeysValues:
+        """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, Kh, E]`."""
+        return self.decoder.prompt_memory(encoded)
 
-    def extend(self, cache: Seq2SeqCache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Seq2SeqCache]:
+    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
         """Return the states of one new token per row, and the cache that knows it."""
         # Segments and positions are the cache's business here.
         row = layers.Row(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens), jnp.full_like(tokens, layers.RESPONSE))

@@ -40,7 +40,10 @@ def rollout_keys(seed: int, step: int, count: int) -> Key[Array, " N"]:
 def rollout(
     sampler: Sampler, params: Params, rows: Sequence[PromptRow], samples_per_prompt: int, keys: Key[Array, " N"]
 ) -> Rollout:
-    """Sample `samples_per_prompt` responses for each of X prompts; `keys` has one key for each of the N samples."""
+    """Sample `samples_per_prompt` responses for each of X prompts; `keys` has one key for each of the N samples.
+
+    A prompt is read once for all of its samples.
+    """
     prompts = rows_to_prompts(rows, sampler.width, sampler.pad_id)
     repeated = jax.tree.map(lambda leaf: np.repeat(leaf, samples_per_prompt, axis=0), prompts)
-    return Rollout(repeated, sampler.sample(params, repeated, keys))
+    return Rollout(repeated, sampler.sample(params, prompts, keys))

@@ -178,22 +178,30 @@ def _reinforced(run: PlannedRun, stage: Rl) -> list[Program]:
     answerers = dataclasses.replace(answerers, scorer=stage.step_scorer(run))
     programs = [
         _start(run, trained, training.optimizer, stage.updates, shardings, beside[1:]),
-        *_answering(run, "", answerers, params, frozen, beside),
+        *_answering(run, "", answerers, params, frozen, beside, stage.rl.samples_per_prompt),
         *_measuring(run, stage, everything, beside),
         _update(run, stage, state, shardings, frozen, beside),
     ]
     held_out = training.rollout_batch
-    if (rows, references) != (held_out, held_out) or answerers.scorer.samples > 1:
+    repeat = stage.rl.samples_per_prompt
+    if (rows, references, repeat) != (held_out, held_out, 1) or answerers.scorer.samples > 1:
         answerers = stage.answerers(run, rows=held_out, references=held_out)
-        programs += _answering(run, "held-out ", answerers, params, frozen, beside)
+        programs += _answering(run, "held-out ", answerers, params, frozen, beside, 1)
     return programs
 
 
 def _answering(
-    run: PlannedRun, prefix: str, answerers: Answerers, params: Params, frozen: Frozen, beside: tuple[Any, ...]
+    run: PlannedRun,
+    prefix: str,
+    answerers: Answerers,
+    params: Params,
+    frozen: Frozen,
+    beside: tuple[Any, ...],
+    samples: int,
 ) -> list[Program]:
+    """Return the programs that draw `samples` answers a prompt, score them, and write references."""
     programs = [
-        sampling(run.mesh, f"{prefix}rollout", answerers.sampler, params, beside),
+        sampling(run.mesh, f"{prefix}rollout", answerers.sampler, params, beside, samples),
         scoring(run.mesh, f"{prefix}rewards", answerers.scorer, frozen.reward, beside),
     ]
     if frozen.policy is not None:
@@ -351,15 +359,18 @@ def _references_judged(run: PlannedRun, stage: ReferenceStudy) -> list[Program]:
     return programs
 
 
-def sampling(mesh: Mesh, name: str, sampler: Sampler, params: Params, residents: tuple[Any, ...]) -> Program:
-    """Return the program that answers one batch of prompts."""
-    rows = sampler.batch_size
+def sampling(
+    mesh: Mesh, name: str, sampler: Sampler, params: Params, residents: tuple[Any, ...], samples: int = 1
+) -> Program:
+    """Return the program that answers one batch of prompts, each `samples` times."""
+    shared = sampler.prompts_at_once(samples)
+    rows, each = (shared, shared * samples) if shared else (sampler.batch_size, sampler.batch_size)
     prompts = Prompts(
         tokens=jnp.zeros((rows, sampler.width), jnp.int32),
         mask=jnp.zeros((rows, sampler.width), bool),
         reference=jnp.zeros((rows, sampler.width), bool),
     )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), each))
 
     def answer(params: Params, prompts: Prompts, keys: jax.Array) -> Any:
         return generate(

@@ -45,10 +45,11 @@ class ToyLM:
         index = jnp.sum(mask, axis=1) - 1
         return jnp.take_along_axis(tokens, index[:, None], axis=1)[:, 0]
 
-    def prefill(self, params: Params, prompts: Prompts, max_new: int) -> tuple[jax.Array, ToyCache]:
-        """Return the logits of the first response token and the cache."""
+    def prefill(self, params: Params, prompts: Prompts, max_new: int, samples: int = 1) -> tuple[jax.Array, ToyCache]:
+        """Return the logits of the first response token and the cache, for `samples` rows a prompt."""
         context = self._context(params, prompts.tokens, prompts.mask)
-        return params["table"][self._last(prompts.tokens, prompts.mask)] + context, ToyCache(context)
+        logits = params["table"][self._last(prompts.tokens, prompts.mask)] + context
+        return jnp.repeat(logits, samples, axis=0), ToyCache(jnp.repeat(context, samples, axis=0))
 
     def step(self, params: Params, cache: ToyCache, token: jax.Array) -> tuple[jax.Array, ToyCache]:
         """Return the logits after `token`."""

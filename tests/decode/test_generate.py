@@ -186,3 +186,23 @@ def test_devices_that_share_a_batch_give_the_same_samples_and_scores() -> None:
     scores = scorer.score(WORTH, _rows(PROMPTS), answers)
     shared = dataclasses.replace(scorer, mesh=mesh).score(WORTH, _rows(PROMPTS), answers)
     np.testing.assert_allclose(shared, scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "mesh"), [(6, False), (7, False), (2, False), (12, True), (4, True)])
+def test_samples_of_one_prompt_are_those_of_repeated_prompts(size: int, mesh: bool) -> None:
+    devices = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)) if mesh else None
+    sampler = Sampler(
+        lm=LM, sampling=Sampling(), width=4, max_new=LENGTH, eos_ids=EOS_IDS, pad_id=PAD, batch_size=size, mesh=devices
+    )
+    keys = _keys(15)
+    repeated = [row for row in _rows(PROMPTS) for _ in range(3)]
+    assert sampler.answer(PARAMS, _rows(PROMPTS), keys) == sampler.answer(PARAMS, repeated, keys)
+    assert sampler.prompts_at_once(3) == {6: 2, 7: 2, 2: 0, 12: 4, 4: 0}[size]
+
+
+def test_keys_that_cannot_be_shared_out_are_named() -> None:
+    sampler = Sampler(lm=LM, sampling=Sampling(), width=4, max_new=2, eos_ids=EOS_IDS, pad_id=PAD, batch_size=4)
+    with pytest.raises(DataError, match="7 keys cannot be shared out among 5 prompts"):
+        sampler.answer(PARAMS, _rows(PROMPTS), _keys(7))
+    with pytest.raises(ConfigError, match=r"generate\.keys = 7 must be a multiple of the 5 prompts"):
+        _generate(rows_to_prompts(_rows(PROMPTS), 4, PAD), _keys(7))

@@ -1,0 +1,166 @@
+"""What a decoder remembers while it decodes: keys and values of the prompts, and of its rows' own tokens.
+
+The two lie apart, because the samples of one prompt share its keys and values: they are computed, kept and read once.
+
+A row's own tokens stand in a ring of slots. All rows write the same slot at a time, so that one slice is written in
+place, and how many of the slots before it are a row's own is a number a row: rows can begin at different times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pit_jax.models import attending
+from pit_jax.models.attending import KeysValues
+from pit_jax.sharding.rules import constrain
+
+NEVER = 2**30
+"""Position of a slot that no query reaches."""
+
+Stored = KeysValues | tuple[KeysValues, ...]
+"""Keys and values of all layers: `[N, B, Kh, C, E]`, or one `[B, Kh, C, E]` a layer where layers are unrolled.
+
+A layer's keys must be an array of their own there: a slice of a larger one would be copied for every product.
+"""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+    """X prompts and B rows of tokens, of which row b answers prompt b // (B / X).
+
+    prompt: keys and values of S slots. own: of a ring of T slots. places: position of each of a prompt's slots, `NEVER`
+    at padding. first: position of the first token of a prompt's rows. count: tokens of each row. slot: the next slot
+    to be written, of all rows.
+    """
+
+    prompt: Stored
+    own: Stored
+    places: Int[Array, "X S"]
+    first: Int[Array, " X"]
+    count: Int[Array, " B"]
+    slot: Int[Array, ""]
+
+    @property
+    def here(self) -> Int[Array, "B 1"]:
+        """Position of each row's next token."""
+        return (self._per_row(self.first) + self.count)[:, None]
+
+    @property
+    def ages(self) -> Int[Array, "1 T"]:
+        """How many tokens ago each slot is written, once the next token is in its own."""
+        slots = _one(self.own).shape[2]
+        return ((self.slot - jnp.arange(slots, dtype=jnp.int32)) % slots)[None, :]
+
+    @property
+    def known(self) -> Bool[Array, "B T"]:
+        """Which slots hold tokens of the row, the next one included; others are empty, or a former row's."""
+        return self.ages <= self.count[:, None]
+
+    @property
+    def prompt_places(self) -> Int[Array, "B S"]:
+        """Positions of the slots of each row's prompt."""
+        return self._per_row(self.places)
+
+    @property
+    def own_places(self) -> Int[Array, "B T"]:
+        """Positions of each row's own slots."""
+        return jnp.where(self.known, self.here - self.ages, NEVER)
+
+    def layers(self, windowed: np.ndarray) -> list[tuple] | tuple:
+        """Return what each layer needs: its number, whether it has the window, and its part of the prompts."""
+        index = np.arange(len(windowed), dtype=np.int32)
+        if isinstance(self.prompt, KeysValues):
+            return index, windowed, self.prompt
+        return list(zip(index, windowed, self.prompt, strict=True))
+
+    def after(self, own: Stored) -> Cache:
+        """Return the cache with the next token's keys and values written, which `remember` has done."""
+        slots = _one(own).shape[2]
+        # A row that goes on for longer than the ring, because nobody has replaced it, forgets its first tokens.
+        count = jnp.minimum(self.count + 1, slots - 1)
+        return dataclasses.replace(self, own=own, count=count, slot=(self.slot + 1) % slots)
+
+    def _per_row(self, x: Int[Array, "X ..."]) -> Int[Array, "B ..."]:
+        return jnp.repeat(x, self.count.shape[0] // x.shape[0], axis=0)
+
+
+def begin(
+    known: KeysValues,
+    places: Int[Array, "X S"],
+    first: Int[Array, " X"],
+    *,
+    samples: int,
+    slots: int,
+    apart: bool,
+) -> Cache:
+    """Return a cache of prompts, each with `samples` rows that have no token yet.
+
+    Args:
+      known: keys and values of the prompts, `[N, X, S, Kh, E]`.
+      places: position of each of their slots.
+      first: position of the first token after each.
+      samples: rows a prompt.
+      slots: tokens a row.
+      apart: a layer's keys and values are arrays of their own.
+    """
+    prompts, unused = places.shape[0], attending.slots(places.shape[1]) - places.shape[1]
+    room = ((0, 0), (0, 0), (0, 0), (0, unused), (0, 0))
+    prompt = KeysValues(*(jnp.pad(part.swapaxes(2, 3), room) for part in known))
+    layer, _, heads, _, width = prompt.keys.shape
+    empty = jnp.zeros((layer, prompts * samples, heads, attending.slots(slots), width), prompt.keys.dtype)
+    return Cache(
+        prompt=_stored(prompt, apart),
+        own=_stored(KeysValues(empty, empty), apart),
+        places=jnp.pad(places, ((0, 0), (0, unused)), constant_values=NEVER),
+        first=first,
+        count=jnp.zeros(prompts * samples, jnp.int32),
+        slot=jnp.zeros((), jnp.int32),
+    )
+
+
+def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, ""]) -> tuple[Stored, KeysValues]:
+    """Return the rows' own keys and values with one slot of one layer written, and that layer's part.
+
+    It is written in place in a loop that carries it.
+
+    Args:
+      own: what is known of all layers.
+      new: keys and values of a token a row, `[B, 1, Kh, E]`.
+      layer: number of the layer; a concrete one where layers are apart.
+      slot: the slot.
+    """
+    swapped = [part.swapaxes(1, 2) for part in new]
+    if isinstance(own, KeysValues):
+        at = (layer, 0, 0, slot, 0)
+        pairs = zip(own, swapped, strict=True)
+        written = KeysValues(
+            *(_cut(jax.lax.dynamic_update_slice(old, one[None].astype(old.dtype), at)) for old, one in pairs)
+        )
+        return written, KeysValues(*(jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in written))
+    pairs, number = zip(own[layer], swapped, strict=True), int(layer)
+    here = KeysValues(
+        *(_cut(jax.lax.dynamic_update_slice(old, one.astype(old.dtype), (0, 0, slot, 0))) for old, one in pairs)
+    )
+    return (*own[:number], here, *own[number + 1 :]), here
+
+
+def _stored(parts: KeysValues, apart: bool) -> Stored:
+    if not apart:
+        return KeysValues(*(_cut(part) for part in parts))
+    layers = zip(*(jnp.unstack(part) for part in parts), strict=True)
+    return tuple(KeysValues(*(_cut(part) for part in layer)) for layer in layers)
+
+
+def _cut(part: Float[Array, "*N B Kh C E"]) -> Float[Array, "*N B Kh C E"]:
+    return constrain(part, attending.CACHE[-part.ndim :])
+
+
+def _one(stored: Stored) -> Float[Array, "B Kh C E"]:
+    """Return one layer's keys, for their shape."""
+    return stored.keys[0] if isinstance(stored, KeysValues) else stored[0].keys

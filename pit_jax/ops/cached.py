@@ -1,0 +1,90 @@
+"""Attention of new tokens over a cache that lies in pieces: keys of prompts that several rows share, and the rows' own.
+
+Decoding is bound by reading the cache. Rows that answer one prompt become rows of one product with its keys, so that
+they are read once, not once a row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# As in `ops.attention`: finite, and below every real score.
+_MASKED = -1e30
+_FLOOR = -1e29
+
+Piece = tuple[Float[Array, "_ Kh _ E"], Float[Array, "_ Kh _ E"]]
+"""Keys and values `[X, Kh, K, E]`; X divides the rows B, and row b looks at number b // (B / X)."""
+
+
+def attend(
+    query: Float[Array, "B Q H E"],
+    pieces: Sequence[Piece],
+    *,
+    mask: Bool[Array, "#B 1 Q K"],
+    bias: Float[Array, "#B H Q K"] | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B Q H E"]:
+    """Return what `ops.attention.attend` returns of all pieces' keys one after the other: one softmax over all of them.
+
+    Each piece gives its scores, and the three sums over them (peak, total, weighted values) are joined; nothing as
+    large as the cache is made.
+
+    Args:
+      query: `[B, Q, H, E]`.
+      pieces: keys and values; their numbers of keys add up to K.
+      mask: `[B | 1, 1, Q, K]`, true where the query may look; where it may not look anywhere, it finds zeros.
+      bias: `[B | 1, H, Q, K]`, added after the soft-cap.
+      scale: factor of the dot products.
+      softcap: bound of the scores' magnitude.
+    """
+    ends = list(itertools.accumulate(keys.shape[2] for keys, _ in pieces))
+    stretches = [slice(end - keys.shape[2], end) for end, (keys, _) in zip(ends, pieces, strict=True)]
+    scores = []
+    for (keys, _), stretch in zip(pieces, stretches, strict=True):
+        score = scale * _scores(query, keys)
+        if softcap is not None:
+            score = softcap * jnp.tanh(score / softcap)
+        if bias is not None:
+            part = bias[..., stretch]
+            score = score + part.reshape(part.shape[0], score.shape[1], -1, *part.shape[2:])
+        scores.append(jnp.where(mask[:, :, None, :, stretch], score, _MASKED))
+    peaks = [jnp.max(score, axis=-1, keepdims=True) for score in scores]
+    peak = jax.lax.stop_gradient(jnp.maximum(_joined(jnp.maximum, peaks), _FLOOR))
+    weights = [jnp.exp(score - peak) for score in scores]
+    total = _joined(jnp.add, [jnp.sum(weight, axis=-1, keepdims=True) for weight in weights])
+    found = [_values(weight, values) for weight, (_, values) in zip(weights, pieces, strict=True)]
+    out = _joined(jnp.add, found) / jnp.where(total > 0, total, 1.0)
+    return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
+
+
+def _joined(operation, parts):
+    first, *others = parts
+    for other in others:
+        first = operation(first, other)
+    return first
+
+
+def _scores(query: Float[Array, "B Q H E"], keys: Float[Array, "X Kh K E"]) -> Float[Array, "B Kh G Q K"]:
+    (rows, queries, heads, width), (prompts, kv_heads, slots, _) = query.shape, keys.shape
+    shape = (prompts, rows // prompts, queries, kv_heads, heads // kv_heads, width)
+    # Rows of one product: all queries of all samples of a prompt that share a key head.
+    wide = query.reshape(shape).transpose(0, 3, 1, 4, 2, 5).reshape(prompts, kv_heads, -1, width)
+    scores = jnp.einsum("xhqe,xhke->xhqk", wide, keys, preferred_element_type=jnp.float32)
+    scores = scores.reshape(prompts, kv_heads, shape[1], shape[4], queries, slots).swapaxes(1, 2)
+    return scores.reshape(rows, kv_heads, shape[4], queries, slots)
+
+
+def _values(weights: Float[Array, "B Kh G Q K"], values: Float[Array, "X Kh K E"]) -> Float[Array, "B Kh G Q E"]:
+    (rows, kv_heads, groups, queries, slots), (prompts, _, _, width) = weights.shape, values.shape
+    samples = rows // prompts
+    wide = weights.astype(values.dtype).reshape(prompts, samples, kv_heads, groups, queries, slots).swapaxes(1, 2)
+    wide = wide.reshape(prompts, kv_heads, samples * groups * queries, slots)
+    found = jnp.einsum("xhqk,xhke->xhqe", wide, values, preferred_element_type=jnp.float32)
+    found = found.reshape(prompts, kv_heads, samples, groups, queries, width).swapaxes(1, 2)
+    return found.reshape(rows, kv_heads, groups, queries, width)
