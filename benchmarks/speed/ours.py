@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from benchmarks.speed import ceilings, options, product, record
 from benchmarks.speed.clock import Laps
 from benchmarks.speed.record import Record
 from benchmarks.speed.shapes import Shape
 from benchmarks.speed.work import Work, rollout_floor
-from pit_jax.core.metric import Metrics
-from pit_jax.io.writers import TIMING
 from pit_jax.stages.run import Run
+from pit_jax.train.window import Compilation
 
 Phases = Mapping[str, list[float]]
 
@@ -49,7 +47,7 @@ def measure(arguments: argparse.Namespace, shape: Shape, work: Work) -> Record:
     """Run the steps of one work in this process."""
     config = product.model_config(shape, options.settings(arguments.set))
     laps = Laps(warmup=arguments.warmup)
-    with product.made_up_run(config, work) as run:
+    with Compilation() as compilation, product.made_up_run(config, work) as run:
         if work.kind == "rollout":
             phases, extra = _rollouts(run, work, laps, arguments)
         else:
@@ -66,30 +64,26 @@ def measure(arguments: argparse.Namespace, shape: Shape, work: Work) -> Record:
             device=jax.devices()[0].device_kind,
             device_memory=product.device_memory(),
             phases={name: statistics.median(seconds[laps.warmup :]) for name, seconds in phases.items()},
-            extra=extra | {"model": dataclasses.asdict(config), "micro_batches": arguments.micro_batches},
+            extra=extra
+            | {
+                "compiling": compilation.read(),
+                "model": dataclasses.asdict(config),
+                "micro_batches": arguments.micro_batches,
+            },
             versions=record.versions("jax", "jaxlib", "flax", "numpy"),
         )
 
 
 def _steps(step: product.Stepper, laps: Laps, count: int) -> Phases:
-    """Time steps of a program; its own times of its phases, which it logs, are collected."""
+    """Time steps of a program, and collect what each says its phases took."""
     phases: dict[str, list[float]] = {}
 
     def advance() -> None:
-        for name, seconds in timings(step()).items():
+        for name, seconds in step().items():
             phases.setdefault(name, []).append(seconds)
 
     laps.repeat(advance, count)
     return phases
-
-
-def timings(metrics: Metrics) -> dict[str, float]:
-    """Return the seconds that a step's metrics say its phases took."""
-    return {
-        name.removeprefix(TIMING): float(np.sum(metric.total) / np.sum(metric.weight))
-        for name, metric in metrics.items()
-        if name.startswith(TIMING)
-    }
 
 
 def _rollouts(run: Run, work: Work, laps: Laps, arguments: argparse.Namespace) -> tuple[Phases, dict[str, Any]]:
@@ -136,10 +130,9 @@ def report(found: Record) -> str:
     lines = [record.table(record.HEADS, [record.row(found)])]
     phases = dict(found.phases)
     if phases:
-        lines.append("phases: " + ", ".join(f"{name} {value:.3f} s" for name, value in phases.items()))
-    lines.append(
-        f"first step {found.first_step:.1f} s, of which compiling about {found.first_step - found.median:.1f} s"
-    )
+        spent = (f"{name} {value:.3f} s ({value / found.median:.0%})" for name, value in phases.items())
+        lines.append("phases: " + ", ".join(spent))
+    lines.append(f"first step {found.first_step:.1f} s; compiling took {found.extra['compiling']:.1f} s in all")
     shares = {name: found.extra[name] for name in ("mfu", "roofline", "roofline_decode") if name in found.extra}
     if shares:
         limits = found.extra["ceilings"]
