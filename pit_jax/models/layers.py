@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, TokenScores
-from pit_jax.models import attending
+from pit_jax.models import attending, products
 from pit_jax.models.attending import KeysValues, Pieces, Scene, Scores
 from pit_jax.models.config import ModelConfig
 from pit_jax.models.quantised import Quantised, product, quantise_kernel
@@ -244,13 +244,13 @@ class Projection(nnx.Module):
         if self.quantised:
             y = product(x.astype(self.dtype), Quantised(self.kernel[...], self.kernel_scale[...]), self.inputs)
         else:
-            y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), self.inputs)
+            y = products.product(x, self.kernel[...].astype(self.dtype), self.inputs)
         if self.has_bias:
             y = y + self.bias[...].astype(self.dtype)[None, None]
         if self.scale is None:
             return y
-        low = jnp.tensordot(x, self.lora_a[...].astype(self.dtype), self.inputs)
-        return y + self.scale * jnp.tensordot(low, self.lora_b[...].astype(self.dtype), 1)
+        low = products.product(x, self.lora_a[...].astype(self.dtype), self.inputs)
+        return y + self.scale * products.product(low, self.lora_b[...].astype(self.dtype), 1)
 
     def merged(self) -> Float[Array, "..."]:
         """Return W + s A B, as large as W, in the parameters' dtype."""

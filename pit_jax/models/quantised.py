@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Float, Int8
 
 from pit_jax.core.types import Params
+from pit_jax.models import products
 from pit_jax.models.trained import Network
 
 KERNEL, SCALE = "kernel", "kernel_scale"
@@ -57,7 +58,7 @@ def product(x: Float[Array, "B L *ins"], kernel: Quantised, inputs: int) -> Floa
       kernel: W, its first `inputs` axes those of the inputs.
       inputs: how many last axes of `x` are contracted.
     """
-    y = jnp.tensordot(x, kernel.values.astype(x.dtype), inputs)
+    y = products.product(x, kernel.values.astype(x.dtype), inputs)
     return (y * kernel.scale.reshape(1, 1, *y.shape[2:])).astype(x.dtype)
 
 

@@ -153,7 +153,8 @@ def test_scores_and_gradients_are_those_of_the_weights_that_are_stored(name: str
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_the_backward_pass_keeps_no_float_kernel(name: str, scan: bool) -> None:
     plain, lm = pair(name, scan_layers=scan)
-    x = tiny.plain()
+    # Seven columns: as many tokens as a kernel has rows would look like one.
+    x = tiny.batch([[example] for example in tiny.EXAMPLES], 7, 5, references=2)
 
     def kept(lm: ConditionalLM, params: Params) -> set[tuple[int, ...]]:
         base, adapters = lora.split(params)
