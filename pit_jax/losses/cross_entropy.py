@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from pit_jax.core import metric
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.types import TokenScores
+
+
+def per_token(scores: TokenScores, mask: Bool[Array, "*N"], *, z_loss: float) -> Float[Array, "*N"]:
+    """Return -logp + z_loss log_z ** 2 of each token, and 0 outside of the mask."""
+    logp = jnp.where(mask, scores.logp, 0.0)
+    return z_loss * jnp.square(jnp.where(mask, scores.log_z, 0.0)) - logp
 
 
 def cross_entropy(scores: TokenScores, mask: Bool[Array, "B T"], z_loss: float) -> tuple[Metric, Metrics]:
@@ -28,7 +34,7 @@ def cross_entropy(scores: TokenScores, mask: Bool[Array, "B T"], z_loss: float) 
     """
     logp = jnp.where(mask, scores.logp, 0.0)
     log_z = jnp.where(mask, scores.log_z, 0.0)
-    loss = metric.mean(z_loss * jnp.square(log_z) - logp, mask)
+    loss = metric.mean(per_token(scores, mask, z_loss=z_loss), mask)
     still_logp, still_log_z = jax.lax.stop_gradient((logp, log_z))
     return loss, {
         "nll": metric.mean(-still_logp, mask),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,35 @@ class PolicyLoss:
             raise invalid("PolicyLoss.clip_range", self.clip_range, "lie between 0 and 1", "0.2 is usual.")
 
 
+class Constants(NamedTuple):
+    """What the loss of a sampled token reads beside its log-probability; 0 at padding."""
+
+    mask: Bool[Array, "*N"]
+    logp_old: Float[Array, "*N"]
+    advantage: Float[Array, "*N"]
+
+
+def constants(experience: Experience) -> Constants:
+    """Return the constants of all tokens of a micro-batch, `[B, T]` each."""
+    mask = experience.inputs.response_segments != 0
+    return Constants(mask, _constant(experience.logp_old, mask), _constant(experience.advantage, mask))
+
+
+def per_token(logp: Float[Array, "*N"], tokens: Constants, config: PolicyLoss) -> Float[Array, "*N"]:
+    """Return the loss of each token as `policy_gradient` sums them up, 0 at padding."""
+    logp = jnp.where(tokens.mask, logp, 0.0)
+    if config.kind == "ppo_clip":
+        return -jnp.minimum(*_ratios(logp, tokens, config))
+    return -tokens.advantage * logp
+
+
+def _ratios(logp: Array, tokens: Constants, config: PolicyLoss) -> tuple[Array, Array]:
+    """Return ratio_t A_t, and the same of the clipped ratio."""
+    ratio = jnp.exp(logp - tokens.logp_old)
+    limited = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
+    return ratio * tokens.advantage, limited * tokens.advantage
+
+
 def policy_gradient(
     logp: Float[Array, "B T"],
     experience: Experience,
@@ -75,21 +105,16 @@ def policy_gradient(
     (arXiv 1707.06347), equation 7.
     """
     mask = experience.inputs.response_segments != 0
+    tokens = constants(experience)
     logp = jnp.where(mask, logp, 0.0)
-    old = _constant(experience.logp_old, mask)
-    advantage = _constant(experience.advantage, mask)
-    metrics = _diagnostics(jax.lax.stop_gradient(logp), old, experience, mask)
+    metrics = _diagnostics(jax.lax.stop_gradient(logp), tokens.logp_old, experience, mask)
     if config.kind == "ppo_clip":
-        ratio = jnp.exp(logp - old)
-        limited = jnp.clip(ratio, 1.0 - config.clip_range, 1.0 + config.clip_range)
-        loss = -jnp.minimum(ratio * advantage, limited * advantage)
-        metrics["clip_fraction"] = metric.mean((limited * advantage < ratio * advantage).astype(jnp.float32), mask)
-    else:
-        loss = -advantage * logp
+        free, limited = _ratios(logp, tokens, config)
+        metrics["clip_fraction"] = metric.mean((limited < free).astype(jnp.float32), mask)
     if entropy is not None:
         metrics["entropy"] = metric.mean(jax.lax.stop_gradient(entropy), mask)
     units = mask if config.normalisation == "token" else jnp.any(mask, axis=1)
-    return Metric(jnp.sum(loss), jnp.sum(units.astype(jnp.float32))), metrics
+    return Metric(jnp.sum(per_token(logp, tokens, config)), jnp.sum(units.astype(jnp.float32))), metrics
 
 
 def _constant(values: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Float[Array, "B T"]:

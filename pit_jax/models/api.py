@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
 from pit_jax.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pit_jax.models.output import Output
 
 Attention = Literal["causal", "bidirectional"]
 Cache = Any
@@ -44,6 +47,10 @@ class ConditionalLM(Protocol):
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """Return, for each response token, the hidden state it is predicted from (which has not seen it)."""
+        ...
+
+    def output(self, params: Params) -> Output:
+        """Return the head that scores tokens, given what `predictors` returns."""
         ...
 
     def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:

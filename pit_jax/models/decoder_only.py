@@ -16,6 +16,7 @@ from pit_jax.models import attending, caches, functional, layers, sharing
 from pit_jax.models.api import Attention
 from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig, RopeScaling
+from pit_jax.models.output import Output
 from pit_jax.ops import logprob, mask, relative_bias, rotary, shared
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
@@ -345,16 +346,12 @@ class DecoderOnly:
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
         """Return the scores of each response token."""
-        states = self.predictors(params, x, key)
-        scores = logprob.token_scores(
-            states,
-            self._bind(params).output_matrix(),
-            x.response,
-            chunk=self.config.logprob_chunk,
-            softcap=self.config.logit_softcap,
-            scale=self.config.logit_scale,
-        )
-        return layers.zero_padding(scores, x.response_segments)
+        return self.output(params).scores(self.predictors(params, x, key), x)
+
+    def output(self, params: Params) -> Output:
+        """Return the head that scores tokens."""
+        config, matrix = self.config, self._bind(params).output_matrix()
+        return Output(matrix, config.logprob_chunk, config.logit_softcap, config.logit_scale)
 
     def logits(
         self,

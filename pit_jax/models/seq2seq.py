@@ -15,6 +15,7 @@ from pit_jax.models import caches, functional, layers
 from pit_jax.models.api import Attention
 from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig
+from pit_jax.models.output import Output
 from pit_jax.ops import logprob, shared
 
 
@@ -127,15 +128,12 @@ class Seq2Seq:
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
         """Return the scores of each response token."""
-        scores = logprob.token_scores(
-            self.predictors(params, x, key),
-            self._bind(params).output_matrix(),
-            x.response,
-            chunk=self.config.logprob_chunk,
-            softcap=self.config.logit_cap,
-            scale=self.config.logit_scale,
-        )
-        return layers.zero_padding(scores, x.response_segments)
+        return self.output(params).scores(self.predictors(params, x, key), x)
+
+    def output(self, params: Params) -> Output:
+        """Return the head that scores tokens."""
+        config, matrix = self.config, self._bind(params).output_matrix()
+        return Output(matrix, config.logprob_chunk, config.logit_cap, config.logit_scale)
 
     def logits(
         self,

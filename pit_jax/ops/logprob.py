@@ -30,13 +30,14 @@ def logits(
     return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
 
 
-class _Logits(NamedTuple):
+class Logits(NamedTuple):
     """How logits come from products of hidden states and head; hashable, static under jit."""
 
     scale: float
     softcap: float | None
 
     def of(self, hidden: Float[Array, "... D"], head: Float[Array, "D C"]) -> Float[Array, "... C"]:
+        """Return the logits, by `logits`."""
         return logits(hidden, head, softcap=self.softcap, scale=self.scale)
 
     def slope(self, values: Float[Array, "... C"]) -> Float[Array, "... C"] | float:
@@ -74,24 +75,25 @@ def token_scores(
     """
     if chunk < 1:
         raise invalid("token_scores.chunk", chunk, "be at least 1", "Give the vocabulary entries per block.")
-    rule = _Logits(scale, softcap)
+    rule = Logits(scale, softcap)
     if chunk >= head.shape[1]:
         return _plain(hidden, head, targets, rule)
     return _blocked(hidden, head, targets, chunk, rule)
 
 
-def _plain(hidden: Array, head: Array, targets: Array, rule: _Logits) -> TokenScores:
+def _plain(hidden: Array, head: Array, targets: Array, rule: Logits) -> TokenScores:
     table = rule.of(hidden, head)
     log_z = jax.nn.logsumexp(table, axis=-1)
     # A comparison and a sum fuse with what surrounds them; the gradient of a gather would be a scatter.
-    target = jnp.sum(jnp.where(_is_target(targets, 0, head.shape[1]), table, 0.0), axis=-1)
+    target = jnp.sum(jnp.where(is_target(targets, 0, head.shape[1]), table, 0.0), axis=-1)
     still, still_z = jax.lax.stop_gradient((table, log_z))
     entropy = still_z - jnp.sum(jnp.exp(still - still_z[..., None]) * still, axis=-1)
     correct = (jax.lax.stop_gradient(target) >= jnp.max(still, axis=-1)).astype(jnp.float32)
     return TokenScores(target - log_z, log_z, entropy, correct)
 
 
-def _is_target(targets: Int[Array, "*N"], start: Int[Array, ""] | int, size: int) -> Bool[Array, "*N C"]:
+def is_target(targets: Int[Array, "*N"], start: Int[Array, ""] | int, size: int) -> Bool[Array, "*N C"]:
+    """Return where each target stands among so many entries of the vocabulary from `start` on."""
     columns = jax.lax.broadcasted_iota(targets.dtype, (*targets.shape, size), targets.ndim)
     return columns + start == targets[..., None]
 
@@ -128,11 +130,11 @@ class _Sums(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _blocked(hidden: Array, head: Array, targets: Array, chunk: int, rule: _Logits) -> TokenScores:
+def _blocked(hidden: Array, head: Array, targets: Array, chunk: int, rule: Logits) -> TokenScores:
     return _blocked_forward(hidden, head, targets, chunk, rule)[0]
 
 
-def _blocked_forward(hidden: Array, head: Array, targets: Array, chunk: int, rule: _Logits):
+def _blocked_forward(hidden: Array, head: Array, targets: Array, chunk: int, rule: Logits):
     blocks = _Blocks.covering(head.shape[1], chunk)
 
     def add(sums: _Sums, index: Array) -> tuple[_Sums, None]:
@@ -145,7 +147,7 @@ def _blocked_forward(hidden: Array, head: Array, targets: Array, chunk: int, rul
         # total = sum e^(z - peak), slanted = sum e^(z - peak) (z - peak); both move along when the peak does.
         drop = sums.peak - peak
         shrink = jnp.exp(drop)
-        hit = _is_target(targets, start, blocks.size) & blocks.fresh(index, table.ndim)
+        hit = is_target(targets, start, blocks.size) & blocks.fresh(index, table.ndim)
         return _Sums(
             peak,
             shrink * sums.total + jnp.sum(weights, axis=-1),
@@ -162,7 +164,7 @@ def _blocked_forward(hidden: Array, head: Array, targets: Array, chunk: int, rul
     return TokenScores(sums.target - log_z, log_z, entropy, correct), (hidden, head, targets, log_z)
 
 
-def _blocked_backward(chunk: int, rule: _Logits, saved: tuple[Array, ...], cotangents: TokenScores):
+def _blocked_backward(chunk: int, rule: Logits, saved: tuple[Array, ...], cotangents: TokenScores):
     hidden, head, targets, log_z = saved
     on_logp, on_log_z = cotangents.logp[..., None], cotangents.log_z[..., None]
     blocks = _Blocks.covering(head.shape[1], chunk)
@@ -176,7 +178,7 @@ def _blocked_backward(chunk: int, rule: _Logits, saved: tuple[Array, ...], cotan
         fresh = blocks.fresh(index, table.ndim)
         # d logp / d z = [target] - p,  d log_z / d z = p
         slope = (on_log_z - on_logp) * jnp.exp(table - log_z[..., None])
-        slope = slope + jnp.where(_is_target(targets, start, blocks.size), on_logp, 0.0)
+        slope = slope + jnp.where(is_target(targets, start, blocks.size), on_logp, 0.0)
         slope = jnp.where(fresh, slope * rule.slope(table), 0.0).astype(hidden.dtype)
         on_hidden = on_hidden + jnp.matmul(slope, block.T, preferred_element_type=jnp.float32)
         piece = jnp.tensordot(hidden, slope, (leading, leading), preferred_element_type=jnp.float32)

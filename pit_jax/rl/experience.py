@@ -16,11 +16,11 @@ from pit_jax.core import metric
 from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.types import Conditional, Experience, Params, TokenScores
-from pit_jax.losses import advantage, kl
-from pit_jax.losses.policy import policy_gradient
+from pit_jax.losses import advantage, kl, policy
 from pit_jax.losses.value import clipped_value_loss
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
+from pit_jax.models.output import summed_loss
 from pit_jax.rl.config import RlConfig
 from pit_jax.sharding.place import batch_shardings, check_rows, in_turn
 from pit_jax.train.step import Objective
@@ -266,8 +266,12 @@ def objective(lm: ConditionalLM, config: RlConfig) -> Objective:
 def _policy_objective(
     lm: ConditionalLM, config: RlConfig, params: Params, batch: Experience, key: Key[Array, ""]
 ) -> tuple[Metric, Metrics]:
-    scores = lm.logprobs(params, batch.inputs)
-    return policy_gradient(scores.logp, batch, config.policy, scores.entropy)
+    def per_token(scores: TokenScores, tokens: policy.Constants) -> Array:
+        return policy.per_token(scores.logp, tokens, config.policy)
+
+    total, scores = summed_loss(lm, params, batch.inputs, per_token, policy.constants(batch))
+    loss, metrics = policy.policy_gradient(scores.logp, batch, config.policy, scores.entropy)
+    return loss._replace(total=total), metrics
 
 
 def _ppo_objective(

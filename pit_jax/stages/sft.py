@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -11,8 +12,9 @@ from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.types import Conditional, Params
 from pit_jax.data.collate import TrainingView, all_batches
-from pit_jax.losses.cross_entropy import cross_entropy
+from pit_jax.losses.cross_entropy import cross_entropy, per_token
 from pit_jax.models.api import ConditionalLM
+from pit_jax.models.output import summed_loss
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import Learning, Trainer, Training, collators, initial_params, mean_over, train
 from pit_jax.text.codec import Codec
@@ -85,7 +87,9 @@ def likelihood(lm: ConditionalLM, z_loss: float) -> Objective:
     """Return the objective -log p(response | prompt) per response token."""
 
     def objective(params: Params, batch: Conditional, key: jax.Array | None) -> tuple[Metric, Metrics]:
-        drop = key if lm.config.dropout > 0 else None
-        return cross_entropy(lm.logprobs(params, batch, drop), batch.response_segments > 0, z_loss)
+        drop, mask = key if lm.config.dropout > 0 else None, batch.response_segments > 0
+        total, scores = summed_loss(lm, params, batch, functools.partial(per_token, z_loss=z_loss), mask, drop)
+        loss, metrics = cross_entropy(scores, mask, z_loss)
+        return loss._replace(total=total), metrics
 
     return objective
