@@ -1,6 +1,7 @@
 """Which form of attention runs where, and how each is shared out over the devices of a mesh.
 
-"xla" is plain products and a softmax, cut by the compiler; "splash" is JAX's Pallas flash attention for TPUs, "cudnn"
+"xla" is plain products and a softmax, cut by the compiler, or where rows are long the same in blocks of queries that
+skip what the order hides (`ops/blocks.py`); "splash" is JAX's Pallas flash attention for TPUs, "cudnn"
 that of NVIDIA's library. Kernels are opaque to the compiler, so each device is given its part explicitly: rows over
 data and fsdp, heads over tensor, queries over sequence, every query with all of the row's keys (context parallelism as
 in Llama 3, arXiv 2407.21783).
@@ -19,12 +20,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.models.config import ModelConfig
-from pit_jax.ops import attention, cached, cudnn, sight, splash
+from pit_jax.ops import attention, blocks, cached, cudnn, sight, splash
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding import rules
 from pit_jax.sharding.rules import constrain
 
 Form = Literal["xla", "splash", "cudnn"]
+
+_LONG_ON_CPU, _LONG = 128, 1024
+"""Keys from which on blocks pay: on CPUs as measured (benchmarks/attention.py), elsewhere for the memory of scores."""
+_SMALLEST, _SMALLEST_ELSEWHERE, _LARGEST, _MOST_BLOCKS = 64, 512, 1024, 8
+"""Queries of a block, and about how many blocks there should be."""
+_CACHED = 2**21
+"""Bytes of the scores of a block that stay in a CPU's cache."""
 
 QUERIES = ("batch", "length", "heads", None)
 KNOWN = ("batch", "length", "kv_heads", None)
@@ -47,12 +55,14 @@ Pieces = tuple[KeysValues, ...]
 class Masks(NamedTuple):
     """What queries see, as masks: `near` is that of layers with a window, None where it is `seen` as well.
 
-    form: what computes it, where keys and values are of whole rows.
+    form: what computes it, where keys and values are of whole rows. order: shows by columns at least all that the masks
+    show, None where no such order is known.
     """
 
     seen: Bool[Array, "#B 1 Q K"]
     near: Bool[Array, "#B 1 Q K"] | None = None
     form: Form = "xla"
+    order: Order | None = None
 
 
 class Orders(NamedTuple):
@@ -113,7 +123,8 @@ def scene(form: Form, queries: Tokens, keys: Tokens, seen: Order, near: Order | 
     Segments must be runs of columns where a kernel has a window (`layers.compact` makes them so).
     """
     if form != "splash":
-        return Masks(_mask(seen, queries, keys), None if near is None else _mask(near, queries, keys), form)
+        narrow = None if near is None else _mask(near, queries, keys)
+        return Masks(_mask(seen, queries, keys), narrow, form, order=seen)
     own = queries is keys or bool(seen.memory)
     shown = queries.segments > 0 if own else sight.sighted(queries.segments, keys.segments)
     return Orders(queries.segments, keys.segments, shown, seen, near)
@@ -155,7 +166,39 @@ def attend(
     if scene.form == "cudnn":
         return _cudnn(queries, known, mask, scores)
     known = KeysValues(*(constrain(part, GATHERED) for part in known))
+    plan = None if scene.order is None else _plan(scene.order, queries, known.keys, scores)
+    if plan is not None:
+        return _blocked(queries, known, mask, plan)
     return attention.attend(queries, *known, mask=mask, bias=scores.bias, scale=scores.scale, softcap=scores.softcap)
+
+
+def _plan(order: Order, queries: Array, keys: Array, scores: Scores) -> blocks.Plan | None:
+    """Return in which blocks the queries are taken, None where plain attention is faster or the only one.
+
+    A bias would have to be cut as well, and queries cut over `sequence` stand in columns that each device knows alone.
+    """
+    on_cpu, share = platform() == "cpu", _Share.of(queries)
+    rows, count, heads, _ = queries.shape
+    if keys.shape[1] < (_LONG_ON_CPU if on_cpu else _LONG) or scores.bias is not None or share.length is not None:
+        return None
+    size = min(max(-(-count // _MOST_BLOCKS), _SMALLEST if on_cpu else _SMALLEST_ELSEWHERE), _LARGEST)
+    parts = blocks.blocks(order, count, keys.shape[1], size)
+    bytes_a_row = 4 * heads // share.heads * size * keys.shape[1]
+    at_once = max(_CACHED // bytes_a_row, 1) if on_cpu else None
+    return blocks.Plan(parts, at_once, scores.scale, scores.softcap)
+
+
+def _blocked(queries: Array, known: KeysValues, mask: Bool[Array, "#B 1 Q K"], plan: blocks.Plan) -> Array:
+    share = _Share.of(queries)
+    if share.mesh is None:
+        return blocks.attend(queries, *known, mask=mask, plan=plan)
+    mask = jnp.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
+
+    def run(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
+        return blocks.attend(queries, keys, values, mask=mask, plan=plan)
+
+    specs = (*share.specs[:3], PartitionSpec(share.batch, None, None, None))
+    return share.run(run, specs)(*share.repeated(queries, *known, mask))
 
 
 def _splash(

@@ -16,7 +16,7 @@ from pit_jax.core.types import Conditional, Params
 from pit_jax.models import attending
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.decoder_only import DecoderOnly
-from pit_jax.ops import cudnn
+from pit_jax.ops import blocks, cudnn
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.sharding.place import put_batch
 from pit_jax.sharding.rules import DEFAULT_RULES, specs, use
@@ -91,6 +91,45 @@ def test_splash_over_four_devices_equals_xla_on_one(name: str, mesh: str) -> Non
     lm, params, x = MODELS[name], tiny.params(MODELS[name]), packed()
     found = on(MESHES[mesh], with_form(lm, "splash"), params, x)
     assert_equal(found, scored(with_form(lm, "xla"), params, x), 3e-5)
+
+
+def in_blocks(monkeypatch: pytest.MonkeyPatch, lm: ConditionalLM, params: Params, x: Conditional, least: int) -> tuple:
+    """Return what `scored` does, with plain attention in blocks of 8 queries from so many keys on, and their number."""
+    calls, attend = [], blocks.attend
+
+    def noted(*arrays: jax.Array, mask: jax.Array, plan: blocks.Plan) -> jax.Array:
+        calls.append(len(plan.blocks))
+        return attend(*arrays, mask=mask, plan=plan)
+
+    for name, value in {"_LONG_ON_CPU": least, "_SMALLEST": 8, "_CACHED": 1}.items():
+        monkeypatch.setattr(attending, name, value)
+    monkeypatch.setattr(blocks, "attend", noted)
+    # A function of its own: the constants are no part of what compiled functions are known by.
+    return jax.jit(lambda params, x: scored.__wrapped__(lm, params, x))(params, x), calls
+
+
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "windowed", "gemma3", "prefix", "t5gemma 2"], "windowed"))
+def test_blocks_equal_xla(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, params, x = with_form(MODELS[name], "xla"), tiny.params(MODELS[name]), packed()
+    found, calls = in_blocks(monkeypatch, lm, params, x, 1)
+    assert calls and max(calls) > 1
+    expected, calls = in_blocks(monkeypatch, lm, params, x, 1000)
+    assert not calls
+    assert_equal(found, expected, 3e-5)
+
+
+@pytest.mark.parametrize("mesh", tiny.slow_but(MESHES, "data x tensor"))
+def test_blocks_over_four_devices_equal_xla_on_one(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, x = with_form(MODELS["prefix"], "xla"), packed()
+    params = tiny.params(lm)
+    expected, _ = in_blocks(monkeypatch, lm, params, x, 1000)
+    devices = make_mesh(MESHES[mesh], jax.devices()[:4])
+    placed = jax.device_put(params, specs(lm.axes(), lm.abstract(), DEFAULT_RULES, devices))
+    with use(devices, DEFAULT_RULES):
+        found, calls = in_blocks(monkeypatch, lm, placed, put_batch(x, devices, row_axis=0), 1)
+        jax.block_until_ready(found)
+    assert bool(calls) == (mesh == "data x tensor"), "queries that are cut over devices stay plain"
+    assert_equal(found, expected, 3e-5)
 
 
 @pytest.fixture
