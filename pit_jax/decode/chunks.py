@@ -108,11 +108,13 @@ def advance(
       program: as given to `begin`.
     """
 
+    ready = program.lm.ready(params)
+
     def going(state: Halted) -> Bool[Array, ""]:
         return (state.t < until) & ~jnp.all(state.over)
 
     def one(state: Halted) -> Halted:
-        logits, cache = program.lm.step(params, state.cache, state.token)
+        logits, cache = program.lm.step(ready, state.cache, state.token)
         return _append(dataclasses.replace(state, cache=cache), logits, draws, program)
 
     return jax.lax.while_loop(going, one, dataclasses.replace(state, over=state.over | ~wanted))

@@ -24,6 +24,7 @@ class _Program:
     lm: ConditionalLM
     top_k: int
     top_p: float
+    draws: str
     max_new: int
     eos_ids: tuple[int, ...]
     pad_id: int
@@ -71,7 +72,13 @@ def generate(
     if rows % each:
         raise invalid("generate.keys", rows, f"be a multiple of the {each} prompts", "Give each as many samples.")
     program = _Program(
-        lm=lm, top_k=sampling.top_k, top_p=sampling.top_p, max_new=max_new, eos_ids=tuple(eos_ids), pad_id=pad_id
+        lm=lm,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        draws=sampling.draws,
+        max_new=max_new,
+        eos_ids=tuple(eos_ids),
+        pad_id=pad_id,
     )
     return _run(params, prompts, keys, jnp.float32(sampling.temperature), program)
 
@@ -94,8 +101,10 @@ def _run(
     logits, cache = program.lm.prefill(params, prompts, program.max_new, rows // prompts.tokens.shape[0])
     first = _append(empty._replace(cache=cache), logits, keys, temperature, program)
 
+    ready = program.lm.ready(params)
+
     def advance(loop: _Loop) -> _Loop:
-        logits, cache = program.lm.step(params, loop.cache, loop.token)
+        logits, cache = program.lm.step(ready, loop.cache, loop.token)
         return _append(loop._replace(cache=cache), logits, keys, temperature, program)
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
@@ -113,7 +122,7 @@ def _append(
     program: _Program,
 ) -> _Loop:
     """Draw token t of every row that has not ended and write it down."""
-    drawn, logp = draw(logits, keys, loop.t, temperature, program.top_k, program.top_p)
+    drawn, logp = draw(logits, keys, loop.t, temperature, program.top_k, program.top_p, program.draws)
     going = ~loop.finished
     token = jnp.where(going, drawn, program.pad_id)
     ends = jnp.isin(drawn, jnp.asarray(program.eos_ids, jnp.int32))

@@ -66,6 +66,10 @@ class ConditionalLM(Protocol):
         """
         ...
 
+    def ready(self, params: Params) -> Params:
+        """Return the parameters as a loop of `step` reads them fastest; for `step` alone, and made before the loop."""
+        ...
+
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; at most `max_new` times."""
         ...

@@ -110,13 +110,13 @@ def begin(
       apart: a layer's keys and values are arrays of their own.
     """
     prompts, unused = places.shape[0], attending.slots(places.shape[1]) - places.shape[1]
-    room = ((0, 0), (0, 0), (0, 0), (0, unused), (0, 0))
-    prompt = KeysValues(*(jnp.pad(part.swapaxes(2, 3), room) for part in known))
-    layer, _, heads, _, width = prompt.keys.shape
-    empty = jnp.zeros((layer, prompts * samples, heads, attending.slots(slots), width), prompt.keys.dtype)
+    number, _, _, heads, width = known.keys.shape
+    shape = (prompts * samples, heads, attending.slots(slots), width)
+    empty = _cut(jnp.zeros(shape if apart else (number, *shape), known.keys.dtype))
+    own = KeysValues(empty, empty)
     return Cache(
-        prompt=_stored(prompt, apart),
-        own=_stored(KeysValues(empty, empty), apart),
+        prompt=_stored(known, unused, apart),
+        own=(own,) * number if apart else own,
         places=jnp.pad(places, ((0, 0), (0, unused)), constant_values=NEVER),
         first=first,
         count=jnp.zeros(prompts * samples, jnp.int32),
@@ -150,11 +150,15 @@ def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Arra
     return (*own[:number], here, *own[number + 1 :]), here
 
 
-def _stored(parts: KeysValues, apart: bool) -> Stored:
+def _stored(known: KeysValues, unused: int, apart: bool) -> Stored:
+    """Return keys and values of all layers as a cache holds them, with so many empty slots more."""
+
+    def held(part: Float[Array, "*N B C Kh E"]) -> Float[Array, "*N B Kh C E"]:
+        return _cut(jnp.pad(part.swapaxes(-3, -2), ((0, 0),) * (part.ndim - 2) + ((0, unused), (0, 0))))
+
     if not apart:
-        return KeysValues(*(_cut(part) for part in parts))
-    layers = zip(*(jnp.unstack(part) for part in parts), strict=True)
-    return tuple(KeysValues(*(_cut(part) for part in layer)) for layer in layers)
+        return KeysValues(*map(held, known))
+    return tuple(KeysValues(*map(held, layer)) for layer in zip(*map(jnp.unstack, known), strict=True))
 
 
 def _cut(part: Float[Array, "*N B Kh C E"]) -> Float[Array, "*N B Kh C E"]:

@@ -19,6 +19,8 @@ from pit_jax.core.types import Params
 
 Module = TypeVar("Module", bound=nnx.Module)
 Build = Callable[[jax.Array], nnx.Module]
+_IN_PRODUCTS = frozenset({"kernel", "bias", "lora_a", "lora_b"})
+"""Parameters of linear maps, which are cast to the dtype of activations wherever they are used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +104,34 @@ def run_layers(
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A parameter of all layers, cut into those of each."""
+
+    layers: tuple[Any, ...]
+
+
+def ready(params: Params, *, dtype: str, scan: bool) -> Params:
+    """Return parameters as a loop of `walk_layers` reads them fastest; made once, before the loop.
+
+    Linear maps are in the dtype of products. Without `scan` each layer's are arrays of their own: on a CPU the compiler
+    cuts them out of the stack again in every turn of a loop, which costs more than reading them.
+    """
+
+    def prepared(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = [entry.key for entry in path]
+        if "layers" not in names:
+            return leaf
+        if names[-1] in _IN_PRODUCTS and jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(dtype)
+        return leaf if scan else Apart(tuple(jnp.unstack(leaf)))
+
+    return jax.tree_util.tree_map_with_path(prepared, params)
+
+
 def walk_layers(stack: nnx.Module, body: Callable[[Any, Any, Any], Any], carry: Any, inputs: Any, *, scan: bool) -> Any:
-    """Call `body(layer, carry, input) -> carry` for each layer of a `stacked` module, as decoding does.
+    """Call `body(layer, carry, input) -> carry` for each layer of a `stacked` or `ready` module, as decoding does.
 
     Args:
       stack: the layers.
@@ -118,8 +146,9 @@ def walk_layers(stack: nnx.Module, body: Callable[[Any, Any, Any], Any], carry: 
         return jax.lax.scan(
             lambda carry, one: (body(nnx.merge(graph, one[0]), carry, one[1]), None), carry, (parts, inputs)
         )[0]
-    leaves, structure = jax.tree.flatten(parts)
-    for leaf, given in zip(zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True), inputs, strict=True):
+    leaves, structure = jax.tree.flatten(parts, is_leaf=lambda leaf: isinstance(leaf, Apart))
+    pieces = [leaf.layers if isinstance(leaf, Apart) else jnp.unstack(leaf) for leaf in leaves]
+    for leaf, given in zip(zip(*pieces, strict=True), inputs, strict=True):
         carry = body(nnx.merge(graph, jax.tree.unflatten(structure, leaf)), carry, given)
     return carry
 

@@ -168,6 +168,10 @@ class Seq2Seq:
         cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, apart=apart)
         return self.step(params, cache, jnp.full(cache.count.shape, self.config.start_id, jnp.int32))
 
+    def ready(self, params: Params) -> Params:
+        """Return the parameters as a loop of `step` reads them fastest."""
+        return functional.ready(params, dtype=self.config.dtype, scan=self.config.scan_layers)
+
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; the work is linear in the cache."""
         net = self._bind(params)

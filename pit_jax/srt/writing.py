@@ -200,8 +200,10 @@ def _run(
     logits, cache = program.lm.prefill(params, prompts, program.max_new)
     first = _append(empty._replace(cache=cache), logits, fixed, program)
 
+    ready = program.lm.ready(params)
+
     def advance(state: _State) -> _State:
-        logits, cache = program.lm.step(params, state.cache, state.recent[:, -1])
+        logits, cache = program.lm.step(ready, state.cache, state.recent[:, -1])
         return _append(state._replace(cache=cache), logits, fixed, program)
 
     def going(state: _State) -> Bool[Array, ""]:

@@ -51,6 +51,10 @@ class ToyLM:
         logits = params["table"][self._last(prompts.tokens, prompts.mask)] + context
         return jnp.repeat(logits, samples, axis=0), ToyCache(jnp.repeat(context, samples, axis=0))
 
+    def ready(self, params: Params) -> Params:
+        """Return the parameters."""
+        return params
+
     def step(self, params: Params, cache: ToyCache, token: jax.Array) -> tuple[jax.Array, ToyCache]:
         """Return the logits after `token`."""
         return params["table"][token] + cache.context, cache
