@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from pit_jax.core.errors import DataError, invalid
 from pit_jax.core.types import Conditional, Params, Prompts, Samples
+from pit_jax.decode import refill
 from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
@@ -117,6 +118,8 @@ class Sampler:
     max_new: most tokens of a response, EOS included.
     batch_size: rows of the one compiled program.
     mesh: the devices that share the rows of a batch, of all processes; None for one device.
+    portions: where there are more samples than a batch has rows, a batch's rows are replaced as they end, in so many
+      portions (`decode.refill`); 0: each batch goes on until its last row ends. The samples are the same.
     """
 
     lm: ConditionalLM
@@ -127,9 +130,12 @@ class Sampler:
     pad_id: int
     batch_size: int
     mesh: Mesh | None = None
+    portions: int = 0
 
     def __post_init__(self) -> None:
-        """Check the batch size; the rest is checked where it is used."""
+        """Check the batch size and its portions; the rest is checked where it is used."""
+        if self.portions < 0:
+            raise invalid("Sampler.portions", self.portions, "be at least 0", "Use 0 for whole batches.")
         if self.batch_size < 1:
             raise invalid("Sampler.batch_size", self.batch_size, "be at least 1", "Give the rows of one batch.")
 
@@ -155,6 +161,9 @@ class Sampler:
         if size == 0:
             prompts = jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), prompts)
             count, samples, size = len(keys), 1, self.batch_size
+        portion = self._portion(count, samples)
+        if portion:
+            return self._refilled(params, prompts, keys, portion)
         keys, parts = keys.reshape(count, samples), []
         for index, real in chunks(count, size):
             batch, streams = jax.tree.map(lambda leaf, index=index: leaf[index], (prompts, keys))
@@ -171,6 +180,30 @@ class Sampler:
             )
             parts.append(jax.tree.map(lambda leaf, rows=real * samples: leaf[:rows], fetch(drawn)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def _portion(self, count: int, samples: int) -> int:
+        """Return how many prompts take the places of rows that have ended at a time; 0 where a batch stays whole."""
+        if not self.portions or count * samples <= self.batch_size:
+            return 0
+        parts = 1 if self.mesh is None else row_parts(self.mesh)
+        # So many rows at least, and so many more that the devices can share the prompts evenly.
+        prompts = -(-max(1, self.batch_size // self.portions // samples) // parts) * parts
+        return prompts if prompts * samples <= self.batch_size else 0
+
+    def _refilled(self, params: Params, prompts: Prompts, keys: Key[Array, " N"], portion: int) -> Samples:
+        sampling = self.sampling
+        program = refill.Program(
+            lm=self.lm,
+            rows=self.batch_size,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            draws=sampling.draws,
+            max_new=self.max_new,
+            eos_ids=tuple(self.eos_ids),
+            pad_id=self.pad_id,
+        )
+        place = functools.partial(_place, mesh=self.mesh)
+        return refill.sample(params, prompts, keys, sampling.temperature, program, portion, place)
 
     def answer(self, params: Params, rows: Sequence[PromptRow], keys: Key[Array, " N"]) -> list[Response]:
         """Return a sampled response for each key, N / X successive ones for each of X prompt rows; none for none."""

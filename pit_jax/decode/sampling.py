@@ -73,12 +73,12 @@ def pick(
     logits: Float[Array, "B V"],
     kept: Float[Array, "B V"],
     keys: Key[Array, " B"],
-    step: Int[Array, ""] | int,
+    step: Int[Array, "#B"] | Int[Array, ""] | int,
     temperature: Float[Array, "..."] | float,
 ) -> Int[Array, " B"]:
     """Return argmax_v (logits_v + temperature * gumbel_v) over the tokens whose `kept` logit is above -inf."""
     vocabulary = logits.shape[1:]
-    noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), vocabulary))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, vocabulary))(_at(keys, step))
     perturbed = jnp.where(kept > -jnp.inf, logits + temperature * noise, -jnp.inf)
     return first_largest(perturbed)
 
@@ -86,7 +86,7 @@ def pick(
 def invert(
     kept: Float[Array, "B V"],
     keys: Key[Array, " B"],
-    step: Int[Array, ""] | int,
+    step: Int[Array, "#B"] | Int[Array, ""] | int,
     temperature: Float[Array, ""] | float,
 ) -> Int[Array, " B"]:
     """Return a sample of softmax(kept), logits at their temperature, by the distribution function.
@@ -98,10 +98,15 @@ def invert(
     rows, vocabulary = kept.shape
     weights = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % _BLOCK))).reshape(rows, -1, _BLOCK)
-    number = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, step), (2,)))(keys)
+    number = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(_at(keys, step))
     block = _find(jnp.sum(weights, axis=-1), number[:, 0])
     place = _find(jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0], number[:, 1])
     return jnp.where(temperature == 0.0, first_largest(kept), block * _BLOCK + place)
+
+
+def _at(keys: Key[Array, " B"], step: Int[Array, "#B"] | Int[Array, ""] | int) -> Key[Array, " B"]:
+    """Return each row's key of its token number `step`."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(jnp.asarray(step), keys.shape))
 
 
 def _find(weights: Float[Array, "B K"], number: Float[Array, " B"]) -> Int[Array, " B"]:
@@ -127,7 +132,7 @@ def first_largest(x: Float[Array, "B V"]) -> Int[Array, " B"]:
 def draw(
     logits: Float[Array, "B V"],
     keys: Key[Array, " B"],
-    step: Int[Array, ""] | int,
+    step: Int[Array, "#B"] | Int[Array, ""] | int,
     temperature: Float[Array, ""] | float,
     top_k: int,
     top_p: float,
@@ -138,7 +143,7 @@ def draw(
     With the draws "gumbel", token = argmax_v (logits_v + temperature * gumbel_v) over the kept tokens (the Gumbel-max
     trick), which is a sample from softmax(logits / temperature) and, at temperature 0, the most likely token; with
     "inverse", the same distribution's function is inverted (`invert`). Row b uses
-    `fold_in(keys[b], step)` only, so its token does not depend on the other rows.
+    `fold_in(keys[b], step[b])` only, so its token does not depend on the other rows.
     """
     logits = logits.astype(jnp.float32)
     kept = keep_top_p(tempered(keep_top_k(logits, top_k), temperature), top_p)

@@ -66,6 +66,13 @@ class ConditionalLM(Protocol):
         """
         ...
 
+    def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
+        """Return a cache, of as many prompts as rows, with the R rows of another in the place of some of its own.
+
+        Prompts of both have the same width and as much room. Row numbers beyond the last are dropped.
+        """
+        ...
+
     def ready(self, params: Params) -> Params:
         """Return the parameters as a loop of `step` reads them fastest; for `step` alone, and made before the loop."""
         ...

@@ -150,6 +150,38 @@ def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Arra
     return (*own[:number], here, *own[number + 1 :]), here
 
 
+def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
+    """Return the cache with the rows of another in the place of some of its own.
+
+    Args:
+      cache: of as many prompts as rows.
+      new: of prompts of the same width, and of the same number of slots; it has R rows.
+      rows: where each of them goes, a different number each; those beyond the last row are dropped.
+    """
+    samples = new.count.shape[0] // new.first.shape[0]
+    # The newest token of every row stands one slot before the next.
+    shift = cache.slot - new.slot
+
+    def put(old: Array, value: Array) -> Array:
+        axis = old.ndim - 4 if old.ndim >= 4 else 0
+        return old.at[(slice(None),) * axis + (rows,)].set(value, mode="drop")
+
+    def prompt(old: Array, value: Array) -> Array:
+        return _cut(put(old, jnp.repeat(value, samples, axis=value.ndim - 4)))
+
+    def own(old: Array, value: Array) -> Array:
+        return _cut(put(old, jnp.roll(value, shift, axis=-2)))
+
+    return Cache(
+        prompt=jax.tree.map(prompt, cache.prompt, new.prompt),
+        own=jax.tree.map(own, cache.own, new.own),
+        places=put(cache.places, jnp.repeat(new.places, samples, axis=0)),
+        first=put(cache.first, jnp.repeat(new.first, samples, axis=0)),
+        count=put(cache.count, new.count),
+        slot=cache.slot,
+    )
+
+
 def _stored(known: KeysValues, unused: int, apart: bool) -> Stored:
     """Return keys and values of all layers as a cache holds them, with so many empty slots more."""
 

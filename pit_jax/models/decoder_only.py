@@ -401,6 +401,10 @@ class DecoderOnly:
         cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, apart=apart)
         return jnp.repeat(self._logits(net, last), samples, axis=0), cache
 
+    def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
+        """Return the cache with the rows of another in the place of some of its own."""
+        return caches.admit(cache, new, rows)
+
     def ready(self, params: Params) -> Params:
         """Return the parameters as a loop of `step` reads them fastest."""
         return functional.ready(params, dtype=self.config.dtype, scan=self.config.scan_layers)

@@ -168,6 +168,10 @@ class Seq2Seq:
         cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, apart=apart)
         return self.step(params, cache, jnp.full(cache.count.shape, self.config.start_id, jnp.int32))
 
+    def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
+        """Return the cache with the rows of another in the place of some of its own."""
+        return caches.admit(cache, new, rows)
+
     def ready(self, params: Params) -> Params:
         """Return the parameters as a loop of `step` reads them fastest."""
         return functional.ready(params, dtype=self.config.dtype, scan=self.config.scan_layers)

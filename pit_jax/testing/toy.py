@@ -51,6 +51,10 @@ class ToyLM:
         logits = params["table"][self._last(prompts.tokens, prompts.mask)] + context
         return jnp.repeat(logits, samples, axis=0), ToyCache(jnp.repeat(context, samples, axis=0))
 
+    def admit(self, cache: ToyCache, new: ToyCache, rows: jax.Array) -> ToyCache:
+        """Return the cache with the rows of another in the place of some of its own."""
+        return ToyCache(cache.context.at[rows].set(new.context, mode="drop"))
+
     def ready(self, params: Params) -> Params:
         """Return the parameters."""
         return params
