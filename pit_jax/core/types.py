@@ -22,6 +22,16 @@ Params = dict[str, Any]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rest:
+    """The ends of prompts that begin alike: F successive rows continue the same row of `Conditional.prompt`."""
+
+    tokens: Int[Array, "*A Y U"]
+    segments: Int[Array, "*A Y U"]
+    reference: Bool[Array, "*A Y U"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditional:
     """Prompts with their responses: everything a conditional language model is trained or scored on.
 
@@ -32,6 +42,8 @@ class Conditional:
 
     Prompts may be shared: X prompts with B = X * G responses, of which successive G have the same prompt, are what
     B rows with that prompt G times are, and models compute it once (`models/sharing.py`). Shared rows are not packed.
+    With a `rest`, `prompt` is what Y = X * F prompts begin with, such as x in the F = 2 prompts (x, y_l) and (x, y_w)
+    of a record; B is then Y * G.
     """
 
     prompt: Int[Array, "*A X S"]
@@ -39,6 +51,7 @@ class Conditional:
     prompt_reference: Bool[Array, "*A X S"]
     response: Int[Array, "*A B T"]
     response_segments: Int[Array, "*A B T"]
+    rest: Rest | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +128,9 @@ class TokenScores(NamedTuple):
 class Hidden(NamedTuple):
     """Final hidden states (after the last norm) at the prompt's and at the response's positions.
 
-    Shared prompts are there once (X = B / G) where they do not see their responses.
+    Shared prompts are there once (Y = B / G) where they do not see their responses. Those with a rest are whole, in the
+    columns of `ops.shared.joined`.
     """
 
-    prompt: Float[Array, "X S D"]
+    prompt: Float[Array, "Y S D"]
     response: Float[Array, "B T D"]

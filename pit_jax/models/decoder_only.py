@@ -328,12 +328,13 @@ class DecoderOnly:
 
     def hidden(self, params: Params, x: Conditional, key: jax.Array | None = None, *, attention: Attention) -> Hidden:
         """Return the final states; `bidirectional` lets every token see its whole segment, prompt and response."""
+        # Prompts whose tokens see each other in both directions have no beginning that others share.
+        x, places = shared.whole(x) if attention == "bidirectional" or self.config.prefix_lm else (x, None)
         if attention == "causal" and shared.is_shared(x):
-            return self._levels(params, x, key)
-        # Where prompts see their responses, nothing can be shared.
+            return sharing.laid_out(self._levels(params, x, key), places)
         x = shared.apart(x)
         states = self._states(params, x, attention, key)
-        return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
+        return sharing.laid_out(Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :]), places)
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """Return the states of the tokens before the response tokens.
@@ -341,7 +342,7 @@ class DecoderOnly:
         The first token of a response without any prompt has none: its state is 0, hence its distribution uniform.
         """
         if shared.is_shared(x):
-            return sharing.predictors(x, *self._levels(params, x, key))
+            return sharing.predictors(x, self.hidden(params, x, key, attention="causal"))
         return layers.gather(self._states(params, x, "causal", key), layers.predecessors(x))
 
     def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
@@ -448,7 +449,8 @@ class DecoderOnly:
     def _levels(self, params: Params, x: Conditional, key: jax.Array | None) -> Hidden:
         """Return the final states of prompts and of the responses that share them."""
         net, rows = self._bind(params), sharing.levels(x)
-        return Hidden(*net.descend(rows, net.scenes(rows, self._prefix(x.prompt.shape[1])), key, keep=False)[0])
+        scenes = net.scenes(rows, self._prefix(x.prompt.shape[1]))
+        return sharing.hidden(net.descend(rows, scenes, key, keep=False)[0])
 
     def _logits(self, net: DecoderNet, states: Float[Array, "B *L D"]) -> Float[Array, "B *L V"]:
         head, config = net.output_matrix(), self.config

@@ -93,7 +93,8 @@ class ScalarModel(_WithHead):
     def scores(self, params: Params, x: Conditional, count: int, key: jax.Array | None = None) -> Float[Array, "B M"]:
         """Return the score of each segment 1..count of each row of responses, the bias alone where there is none."""
         hidden = self.lm.hidden(params["trunk"], x, key, attention=self.attention)
-        x = shared.apart(x)
+        x, rows = shared.joined(x), x.response.shape[0]
+        segments, reference = (shared.repeated(part, rows) for part in (x.prompt_segments, x.prompt_reference))
         # Losses compare scores, so none determines b. Training it would add up rounding errors: another b on each mesh.
         bias = jax.lax.stop_gradient(params["head"]["bias"])
         # A mean of products is the product of the mean, and this way nothing of size [B, M, D] exists.
@@ -101,17 +102,17 @@ class ScalarModel(_WithHead):
         if self.readout == "last":
             weights = _is_last(x.response_segments).astype(jnp.float32)
             return segment.means(response, x.response_segments, weights, count) + bias
-        prompt = shared.repeated(_project(params["head"], hidden.prompt), x.prompt.shape[0])
-        ones, reference = jnp.ones(x.response.shape, jnp.float32), x.prompt_reference.astype(jnp.float32)
+        prompt = shared.repeated(_project(params["head"], hidden.prompt), rows)
+        ones, reference = jnp.ones(x.response.shape, jnp.float32), reference.astype(jnp.float32)
         if self.readout == "mean":
             values, segments, weights = (
                 jnp.concatenate(parts, axis=1)
-                for parts in ((prompt, response), (x.prompt_segments, x.response_segments), (reference, ones))
+                for parts in ((prompt, response), (segments, x.response_segments), (reference, ones))
             )
             score = segment.means(values, segments, weights, count)
         else:
             score = segment.means(response, x.response_segments, ones, count)
-            score = score - segment.means(prompt, x.prompt_segments, reference, count)
+            score = score - segment.means(prompt, segments, reference, count)
         return score + bias
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.core.types import Conditional, Hidden, Params, Prompts, TokenScores
-from pit_jax.models import caches, functional, layers
+from pit_jax.models import caches, functional, layers, sharing
 from pit_jax.models.api import Attention
 from pit_jax.models.caches import Cache
 from pit_jax.models.config import ModelConfig
@@ -108,19 +108,20 @@ class Seq2Seq:
         Causal: the encoder's states of the prompt, which see no response, and the decoder's states of the
         response, each of which has seen the tokens before its own.
         """
-        net = self._bind(params)
+        net, (x, columns) = self._bind(params), shared.whole(x)
         if attention == "bidirectional":
             # Where prompts see their responses, nothing can be shared.
             x = shared.apart(x)
             row, places = layers.compact(layers.joint_row(x))
             states = layers.gather(net.encode(row, key), places)
-            return Hidden(states[:, : x.prompt.shape[1]], states[:, x.prompt.shape[1] :])
+            split = x.prompt.shape[1]
+            return sharing.laid_out(Hidden(states[:, :split], states[:, split:]), columns)
         keys = (None, None) if key is None else jax.random.split(key)
         prompt = layers.prompt_row(x.prompt, x.prompt_segments, x.prompt_reference)
         encoded = net.encode(prompt, keys[0])
         response = layers.response_row(x.response, x.response_segments)
         inputs = layers.shift_right(response, self.config.start_id)
-        return Hidden(encoded, net.decode(prompt, encoded, inputs, keys[1]))
+        return sharing.laid_out(Hidden(encoded, net.decode(prompt, encoded, inputs, keys[1])), columns)
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> Float[Array, "B T D"]:
         """Return the decoder's states, each of which predicts the token at its place."""

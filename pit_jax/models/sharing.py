@@ -13,21 +13,41 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from pit_jax.core.types import Conditional
+from pit_jax.core.types import Conditional, Hidden
 from pit_jax.models import layers
 from pit_jax.models.attending import KeysValues
-from pit_jax.ops.shared import repeated
+from pit_jax.ops.shared import joined, repeated
 from pit_jax.ops.sight import Tokens
 
 
 def levels(x: Conditional) -> tuple[layers.Row, ...]:
-    """Return prompts and responses as rows of their own; positions run on from prompt to response."""
-    prompt = layers.prompt_row(x.prompt, x.prompt_segments, x.prompt_reference)
-    response = layers.response_row(x.response, x.response_segments)
-    lengths = repeated(jnp.sum(x.prompt_segments > 0, axis=1, dtype=jnp.int32), response.tokens.shape[0])
-    return prompt, response._replace(positions=response.positions + lengths[:, None])
+    """Return prompts, their rests if they have any, and responses as rows of their own; positions run on."""
+    rows = [layers.prompt_row(x.prompt, x.prompt_segments, x.prompt_reference)]
+    if x.rest is not None:
+        rows.append(layers.prompt_row(x.rest.tokens, x.rest.segments, x.rest.reference))
+    rows.append(layers.response_row(x.response, x.response_segments))
+    lengths = jnp.zeros(x.prompt.shape[0], jnp.int32)
+    for level, row in enumerate(rows):
+        lengths = repeated(lengths, row.tokens.shape[0])
+        rows[level] = row._replace(positions=row.positions + lengths[:, None])
+        lengths = lengths + jnp.sum(row.segments > 0, axis=1, dtype=jnp.int32)
+    return tuple(rows)
+
+
+def hidden(states: Sequence[Float[Array, "B L D"]]) -> Hidden:
+    """Return the states of levels as those of whole prompts, in the columns of `ops.shared.joined`, and responses."""
+    *above, response = states
+    rows = above[-1].shape[0]
+    return Hidden(jnp.concatenate([repeated(part, rows) for part in above], axis=1), response)
+
+
+def laid_out(found: Hidden, places: Int[Array, "Y S"] | None) -> Hidden:
+    """Return the states of `ops.shared.whole` prompts in the columns of `joined`."""
+    if places is None:
+        return found
+    return Hidden(layers.gather(found.prompt, repeated(places, found.prompt.shape[0])), found.response)
 
 
 class Seen(NamedTuple):
@@ -63,14 +83,15 @@ def lineage(known: Sequence[KeysValues]) -> KeysValues:
     return KeysValues(*(jnp.concatenate([repeated(part, rows) for part in each], axis=1) for each in parts))
 
 
-def predictors(x: Conditional, prompt: Float[Array, "X S D"], response: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+def predictors(x: Conditional, found: Hidden) -> Float[Array, "B T D"]:
     """Return the states that the response tokens are predicted from: the last of the prompt, then their own but one.
 
     A first token without any prompt is predicted from 0.
     """
-    lengths = jnp.sum(x.prompt_segments > 0, axis=1, dtype=jnp.int32)
-    first = repeated(layers.gather(prompt, lengths[:, None] - 1), response.shape[0])
-    return jnp.concatenate([first, response[:, :-1]], axis=1)
+    there = joined(x).prompt_segments > 0
+    last = jnp.max(jnp.where(there, jnp.arange(there.shape[1])[None, :], -1), axis=1, keepdims=True)
+    first = repeated(layers.gather(found.prompt, last), found.response.shape[0])
+    return jnp.concatenate([first, found.response[:, :-1]], axis=1)
 
 
 def level_key(key: jax.Array | None, level: int) -> jax.Array | None:

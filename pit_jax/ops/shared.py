@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from pit_jax.core.types import Conditional
 
 
 def is_shared(x: Conditional) -> bool:
-    """Return whether prompts have several responses."""
-    return x.prompt.shape[0] != x.response.shape[0]
+    """Return whether several responses have the same prompt, or prompts that begin alike."""
+    return x.rest is not None or x.prompt.shape[0] != x.response.shape[0]
 
 
 def repeated(part: Array, rows: int) -> Array:
@@ -21,9 +21,35 @@ def repeated(part: Array, rows: int) -> Array:
     return part if times == 1 else jnp.repeat(part, times, axis=0)
 
 
+def joined(x: Conditional) -> Conditional:
+    """Return prompts without a rest: each as `[beginning | rest]`, with what padding there is in between."""
+    if x.rest is None:
+        return x
+    rows = x.rest.tokens.shape[0]
+    pairs = ((x.prompt, x.rest.tokens), (x.prompt_segments, x.rest.segments), (x.prompt_reference, x.rest.reference))
+    prompt, segments, reference = (jnp.concatenate([repeated(a, rows), b], axis=1) for a, b in pairs)
+    return dataclasses.replace(x, prompt=prompt, prompt_segments=segments, prompt_reference=reference, rest=None)
+
+
+def whole(x: Conditional) -> tuple[Conditional, Int[Array, "Y S"] | None]:
+    """Return prompts without a rest and without padding inside, and where each column of `joined` went.
+
+    None stands for no change: no prompt has a rest.
+    """
+    if x.rest is None:
+        return x, None
+    x = joined(x)
+    order = jnp.argsort(x.prompt_segments == 0, axis=1, stable=True)
+    prompt, segments, reference = (
+        jnp.take_along_axis(part, order, axis=1) for part in (x.prompt, x.prompt_segments, x.prompt_reference)
+    )
+    x = dataclasses.replace(x, prompt=prompt, prompt_segments=segments, prompt_reference=reference)
+    return x, jnp.argsort(order, axis=1)
+
+
 def apart(x: Conditional) -> Conditional:
-    """Return the plain form: a prompt for every response."""
-    rows = x.response.shape[0]
+    """Return the plain form: a whole prompt for every response."""
+    x, rows = whole(x)[0], x.response.shape[0]
     return dataclasses.replace(
         x,
         prompt=repeated(x.prompt, rows),

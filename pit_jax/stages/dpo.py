@@ -91,7 +91,7 @@ class Dpo:
         """Return what is trained, and on batches of which form."""
         lm, training = run.lm_of(self), self.training
         segments = 1 if training.packing is None else training.packing.segments
-        collator, held_out = collators(self.view, run.codec, training)
+        collator, held_out = collators(self.view, run.codec, training, sharing=run.mesh)
         return Learning(
             network=lm,
             objective=preference_objective(lm, self.beta, segments),

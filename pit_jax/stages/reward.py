@@ -73,7 +73,8 @@ class Reward:
         """Return what is trained, and on batches of which form."""
         model, training = self.model(run), self.training
         segments = 1 if training.packing is None else training.packing.segments
-        collator, held_out = collators(self.view, run.codec, training)
+        sharing = run.mesh if self.attention == "causal" else None
+        collator, held_out = collators(self.view, run.codec, training, sharing)
         return Learning(
             network=model,
             objective=comparison_objective(model, self.role, self.terms, segments),

@@ -14,11 +14,12 @@ from pit_jax.core.errors import invalid
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Comparisons, Params
-from pit_jax.data.collate import Collator, TrainingView, collator_for, take_batch
+from pit_jax.data.collate import Collator, ComparisonCollator, TrainingView, collator_for, take_batch
 from pit_jax.data.pack import Packing
+from pit_jax.data.shared import with_shared_prompts
 from pit_jax.data.source import Source
 from pit_jax.models.trained import Network, divide, whole
-from pit_jax.sharding.place import init_sharded, put_batch, replicated
+from pit_jax.sharding.place import init_sharded, put_batch, replicated, row_parts
 from pit_jax.stages.run import Run
 from pit_jax.text.codec import Codec
 from pit_jax.train import state as train_state
@@ -36,6 +37,10 @@ class Training:
     batch_size: records of one update (of all devices together); with packing the most there may be.
     micro_batches: parts a batch is cut into to save memory; the update is the same.
     packing: rows that hold several examples, or None for one example a row.
+    share_prompts: whether the passes of a preference record share what their prompts have in common, which is then
+      computed once. It changes no result but by rounding (and which units are dropped, with dropout), takes effect for
+      DPO and for reward models of `attention` "causal", and not with packing or where records cannot be cut evenly
+      over the mesh.
     evaluation_records: held-out records per evaluation.
     """
 
@@ -44,6 +49,7 @@ class Training:
     optimizer: Optimizer
     micro_batches: int = 1
     packing: Packing | None = None
+    share_prompts: bool = True
     evaluation_records: int = 512
 
     def __post_init__(self) -> None:
@@ -106,9 +112,14 @@ class SupervisedProgram:
 
 
 def count_tokens(batch: Any) -> int:
-    """Return the number of tokens, prompts included, that a batch puts through the model."""
+    """Return the number of tokens, prompts included, that a batch puts through the model.
+
+    A prompt that responses share counts for each: what is shared saves work, and is the same batch.
+    """
     inputs = batch.inputs if isinstance(batch, Comparisons) else batch
-    return int((inputs.prompt_segments > 0).sum() + (inputs.response_segments > 0).sum())
+    rests = [] if inputs.rest is None else [inputs.rest.segments]
+    levels, rows = [inputs.prompt_segments, *rests, inputs.response_segments], inputs.response.shape[-2]
+    return sum(int((level > 0).sum()) * (rows // level.shape[-2]) for level in levels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -229,13 +240,27 @@ def initial_params(run: Run, stage: Any) -> Params:
     return fresh_params(run, lm, stage.name) if start is None else run.language_model(start, lm=lm)
 
 
-def collators(view: TrainingView, codec: Codec, training: Training) -> tuple[Collator[Any], Collator[Any]]:
-    """Return what makes the batches of training, and those of held-out records, one example a row."""
+def collators(
+    view: TrainingView, codec: Codec, training: Training, sharing: Mesh | None = None
+) -> tuple[Collator[Any], Collator[Any]]:
+    """Return what makes the batches of training, and those of held-out records, one example a row.
+
+    Args:
+      view: what the batches are made of.
+      codec: gives the widths.
+      training: gives the sizes.
+      sharing: the mesh, where passes of a record may share their prompts; None where they cannot.
+    """
     size = training.batch_size
-    return (
+    made = (
         collator_for(view, codec, batch_size=size, micro_batches=training.micro_batches, packing=training.packing),
         collator_for(view, codec, batch_size=size, micro_batches=None, packing=None),
     )
+    if sharing is None or not training.share_prompts:
+        return made
+    parts = row_parts(sharing)
+    first, second = (with_shared_prompts(one, parts) if isinstance(one, ComparisonCollator) else one for one in made)
+    return first, second
 
 
 def mean_over(

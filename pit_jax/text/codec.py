@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -137,6 +137,12 @@ class Codec:
         """Return the largest number of ids of a kind of prompt: `lengths.inputs` for the policy."""
         reference = 0 if kind == "policy" else self.lengths.targets - 1
         return self.prompt_room + reference + self._overhead(kind)
+
+    def beginning_width(self, kind: Literal["improver", "gap"]) -> int:
+        """Return the largest number of ids before the reference of a kind of prompt."""
+        parts = self._parts[kind]
+        before = parts[: parts.index("reference")]
+        return sum(self.prompt_room if isinstance(part, str) else len(part) for part in before)
 
     def _literal(self, text: str, *, first: bool) -> tuple[int, ...]:
         tokenizer = self.tokenizer

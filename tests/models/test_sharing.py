@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from pit_jax.core import tree
-from pit_jax.core.types import Conditional, Params
+from pit_jax.core.types import Conditional, Params, Rest
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.models.heads import READOUTS, ScalarModel, ValueModel
@@ -45,6 +45,39 @@ def shared(prompts: int = 4) -> Conditional:
             examples.append((x, random.integers(1, tiny.VOCABULARY, length).tolist()))
     x = tiny.batch([[example] for example in examples], 7, 6, references=2)
     return share(x, SAMPLES)
+
+
+def begun_alike() -> Conditional:
+    """Return four prompts of two beginnings, of different lengths, with two responses each; half of them references."""
+    random = np.random.default_rng(3)
+
+    def table(rows: int, lengths: list[int], width: int) -> tuple[jax.Array, jax.Array]:
+        there = np.array(lengths)[:, None] > np.arange(width)[None, :]
+        return jnp.asarray(np.where(there, random.integers(1, tiny.VOCABULARY, (rows, width)), 0)), jnp.asarray(there)
+
+    (prompt, first), (rest, second), (response, third) = (
+        table(2, [5, 2], 6), table(4, [3, 1, 4, 2], 5), table(8, [4, 2, 1, 3, 5, 5, 0, 2], 6)
+    )  # fmt: skip
+    ends = Rest(tokens=rest, segments=second.astype(jnp.int32), reference=second & (jnp.arange(5)[None, :] > 0))
+    return Conditional(
+        prompt=prompt,
+        prompt_segments=first.astype(jnp.int32),
+        prompt_reference=jnp.zeros_like(first),
+        response=response,
+        response_segments=third.astype(jnp.int32),
+        rest=ends,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def rewarded(model: ScalarModel, params: Params, x: Conditional) -> tuple[Params, tuple]:
+    """Return the gradient of a function of scores and of log-probabilities, and both."""
+
+    def total(params: Params) -> tuple[jax.Array, tuple]:
+        scores, logp = model.scores(params, x, 1), model.lm.logprobs(params["trunk"], x).logp
+        return jnp.sum(jnp.sin(scores)) + jnp.sum(logp), (scores, logp)
+
+    return jax.grad(total, has_aux=True)(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,6 +119,21 @@ def test_shared_prompts_give_what_a_prompt_for_each_response_gives(name: str) ->
     assert_same(scored(lm, params, x), scored(lm, params, apart(x)))
 
 
+READ = {"t5gemma": "last"}
+"""Readouts of models whose stacks have different widths."""
+
+
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "rotary"))
+def test_prompts_that_begin_alike_give_what_whole_prompts_give(name: str) -> None:
+    x = begun_alike()
+    model = ScalarModel(MODELS[name], READ.get(name, "mean_difference"), "causal")  # pyright: ignore[reportArgumentType]
+    params = model.with_trunk(tiny.params(model.lm), jax.random.key(2))
+    assert is_shared(x) and apart(x).prompt.shape == (8, 11)
+    found, expected = rewarded(model, params, x), rewarded(model, params, apart(x))
+    assert np.std(expected[1][0]) > 1e-3
+    assert_same(found, expected)
+
+
 def test_shared_prompts_over_four_devices_give_what_one_device_gives() -> None:
     lm, x = MODELS["rotary"], shared()
     params = tiny.params(lm)
@@ -103,14 +151,15 @@ def test_shared_prompts_through_flash_kernels(name: str) -> None:
     assert_same(scored(flash, params, x), scored(lm, params, apart(x)), atol=3e-5)
 
 
-@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("readout", tiny.slow_but(READOUTS, "mean"))
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_heads_read_shared_prompts(readout: str, attention: str) -> None:
-    model, x = ScalarModel(MODELS["rotary"], readout, attention), shared()  # pyright: ignore[reportArgumentType]
+    model = ScalarModel(MODELS["rotary"], readout, attention)  # pyright: ignore[reportArgumentType]
     params = model.with_trunk(tiny.params(model.lm), jax.random.key(2))
-    found, expected = (jax.jit(model.scores, static_argnums=2)(params, part, 1) for part in (x, apart(x)))
-    assert found.shape == (len(x.response), 1) and np.std(expected) > 1e-3
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    for x in (shared(), begun_alike()):
+        found, expected = (jax.jit(model.scores, static_argnums=2)(params, part, 1) for part in (x, apart(x)))
+        assert found.shape == (len(x.response), 1) and np.std(expected) > 1e-3
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_values_of_shared_prompts() -> None:
