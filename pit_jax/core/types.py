@@ -98,7 +98,7 @@ class Experience:
     """Sampled responses with what the policy gradient needs; one example a row (never packed), prompts may be shared.
 
     logp_sampler: log-probabilities under the parameters that sampled, recorded by the sampler.
-    logp_old: the same by the training graph, before the update.
+    logp_old: the same by the training graph.
     logp_anchor: by the frozen SFT model (the KL anchor) for the same prompt.
     advantage: per token; `returns` and `values_old` are used by PPO's value loss only.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -153,6 +153,17 @@ class Sampler:
         Raises:
           DataError: the keys cannot be shared out among the prompts.
         """
+        return _joined(self._drawn(params, prompts, keys))
+
+    def begin(self, params: Params, prompts: Prompts, keys: Key[Array, " N"]) -> Callable[[], Samples]:
+        """Start sampling, and return what waits for the samples and gives them; arguments and errors as of `sample`.
+
+        Where `portions` are refilled the samples are there on return: the host decides who comes next.
+        """
+        return functools.partial(_joined, list(self._drawn(params, prompts, keys)))
+
+    def _drawn(self, params: Params, prompts: Prompts, keys: Key[Array, " N"]) -> Iterator[tuple[Samples, int]]:
+        """Yield the samples of each batch, perhaps still being computed, and how many of them are real."""
         count = len(prompts.tokens)
         if len(keys) % count:
             raise DataError(f"{len(keys)} keys cannot be shared out among {count} prompts. Give each as many.")
@@ -163,8 +174,9 @@ class Sampler:
             count, samples, size = len(keys), 1, self.batch_size
         portion = self._portion(count, samples)
         if portion:
-            return self._refilled(params, prompts, keys, portion)
-        keys, parts = keys.reshape(count, samples), []
+            yield self._refilled(params, prompts, keys, portion), len(keys)
+            return
+        keys = keys.reshape(count, samples)
         for index, real in chunks(count, size):
             batch, streams = jax.tree.map(lambda leaf, index=index: leaf[index], (prompts, keys))
             batch, streams = _place((batch, streams.reshape(-1)), self.mesh)
@@ -178,8 +190,7 @@ class Sampler:
                 eos_ids=self.eos_ids,
                 pad_id=self.pad_id,
             )
-            parts.append(jax.tree.map(lambda leaf, rows=real * samples: leaf[:rows], fetch(drawn)))
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+            yield in_turn(drawn), real * samples
 
     def _portion(self, count: int, samples: int) -> int:
         """Return how many prompts take the places of rows that have ended at a time; 0 where a batch stays whole."""
@@ -271,6 +282,12 @@ class Scorer:
             return scores
 
         return wait
+
+
+def _joined(parts: Iterable[tuple[Samples, int]]) -> Samples:
+    """Return the real samples of batches as NumPy arrays; waits for each before it asks for the next."""
+    fetched = [jax.tree.map(lambda leaf, real=real: leaf[:real], fetch(samples)) for samples, real in parts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *fetched)
 
 
 def _place(batch: Any, mesh: Mesh | None) -> Any:

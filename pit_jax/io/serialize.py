@@ -1,11 +1,15 @@
-"""Configuration dataclasses as JSON and back: what a checkpoint carries so that it can be used on its own."""
+"""Configuration dataclasses, and arrays, as JSON and back: what a checkpoint carries beside its parameters."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from pit_jax.core.errors import CheckpointError
 
@@ -104,3 +108,15 @@ def differences(old: Any, new: Any) -> list[str]:
 def _differ(before: Any, after: Any) -> bool:
     """Return whether two scalars differ; True and 1 do, although Python calls them equal, 1 and 1.0 do not."""
     return before != after or isinstance(before, bool) != isinstance(after, bool)
+
+
+def array_to_json(array: np.ndarray) -> dict[str, Any]:
+    """Return an array as JSON data from which `array_from_json` makes the same bits."""
+    packed = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode()
+    return {"dtype": array.dtype.str, "shape": list(array.shape), "zlib": packed}
+
+
+def array_from_json(data: Mapping[str, Any]) -> np.ndarray:
+    """Return the array that `array_to_json` was given."""
+    content = zlib.decompress(base64.b64decode(data["zlib"]))
+    return np.frombuffer(content, np.dtype(data["dtype"])).reshape(data["shape"])

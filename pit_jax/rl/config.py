@@ -26,6 +26,9 @@ class RlConfig:
     baseline_decay: weight of the past in the running baseline of "reinforce".
     gamma, lam, value_weight, value_clip: discount, GAE's lambda, weight and clip range of the value loss ("ppo").
     policy: the policy loss; several updates on the same samples need "ppo_clip".
+    one_step_off: sample the answers of a step, from the second on, with the parameters before the last update, so that
+      devices generate while the host prepares that update. The loss corrects for it (`PolicyLoss.truncation`, or
+      PPO's ratio); the KL in the reward stays that of the parameters that sampled.
     """
 
     estimator: Literal["rloo", "reinforce", "group", "ppo"] = "rloo"
@@ -41,6 +44,7 @@ class RlConfig:
     value_weight: float = 0.5
     value_clip: float = 0.2
     policy: PolicyLoss = PolicyLoss()
+    one_step_off: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges and that the parts fit together."""

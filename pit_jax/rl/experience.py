@@ -33,7 +33,8 @@ class Measured(NamedTuple):
 
     inputs: prompts are there N times, or X times where models are to compute them once.
 
-    logp_sampler, logp_old, logp_anchor, values: as in `Experience` (`values` are 0 without a value head).
+    logp_sampler, logp_old, logp_anchor, values: as in `Experience` (`values` are 0 without a value head). `logp_old` is
+      of the parameters that sampled, one update older than the others with `RlConfig.one_step_off`.
     entropy: of the token distributions under the old policy, nats.
     reward: what the reward model says, without KL or penalty; reference_reward: the same of the reference
       answer, R_P(x, y_w) or r_gap(y_ref, y_ref | x), so that the difference is the improvement.
@@ -266,6 +267,11 @@ def objective(lm: ConditionalLM, config: RlConfig) -> Objective:
 def _policy_objective(
     lm: ConditionalLM, config: RlConfig, params: Params, batch: Experience, key: Key[Array, ""]
 ) -> tuple[Metric, Metrics]:
+    if config.one_step_off and config.policy.kind == "reinforce":
+        # The weight of a response depends on all of its tokens, so no function of one token gives its loss.
+        scores = lm.logprobs(params, batch.inputs)
+        return policy.policy_gradient(scores.logp, batch, config.policy, scores.entropy, off_policy=True)
+
     def per_token(scores: TokenScores, tokens: policy.Constants) -> Array:
         return policy.per_token(scores.logp, tokens, config.policy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -45,5 +45,18 @@ def rollout(
     A prompt is read once for all of its samples.
     """
     prompts = rows_to_prompts(rows, sampler.width, sampler.pad_id)
-    repeated = jax.tree.map(lambda leaf: np.repeat(leaf, samples_per_prompt, axis=0), prompts)
-    return Rollout(repeated, sampler.sample(params, prompts, keys))
+    return Rollout(repeated(prompts, samples_per_prompt), sampler.sample(params, prompts, keys))
+
+
+def begin_rollout(
+    sampler: Sampler, params: Params, rows: Sequence[PromptRow], samples_per_prompt: int, keys: Key[Array, " N"]
+) -> Callable[[], Rollout]:
+    """Start what `rollout` does, and return what waits for it; the parameters may be given up meanwhile."""
+    prompts = rows_to_prompts(rows, sampler.width, sampler.pad_id)
+    samples = sampler.begin(params, prompts, keys)
+    return lambda: Rollout(repeated(prompts, samples_per_prompt), samples())
+
+
+def repeated(prompts: Prompts, samples_per_prompt: int) -> Prompts:
+    """Return each prompt as many times as it is answered."""
+    return jax.tree.map(lambda leaf: np.repeat(leaf, samples_per_prompt, axis=0), prompts)

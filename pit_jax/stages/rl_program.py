@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,15 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float
 
 from pit_jax.core import metric
 from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.rng import key_for
-from pit_jax.core.types import Conditional, Params
+from pit_jax.core.types import Conditional, Params, Samples
 from pit_jax.data.source import Source
 from pit_jax.data.views import Example
 from pit_jax.decode.batches import Response, Sampler, Scorer, as_reference
 from pit_jax.io.checkpoint import Checkpoints
+from pit_jax.io.serialize import array_from_json, array_to_json
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ValueModel
 from pit_jax.models.trained import whole
@@ -27,10 +30,10 @@ from pit_jax.rl import monitor, reward
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, contexts, records_per_step
 from pit_jax.rl.experience import Baseline, Measured, batches, build, token_scores, token_values
-from pit_jax.rl.rollout import Rollout, rollout, rollout_keys
-from pit_jax.sharding.place import in_turn, put_batch
+from pit_jax.rl.rollout import Rollout, begin_rollout, repeated, rollout, rollout_keys
+from pit_jax.sharding.place import fetch, in_turn, put_batch
 from pit_jax.stages.supervised import count_tokens
-from pit_jax.text.codec import Codec, PromptRow
+from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
 from pit_jax.train.loop import TOKENS
 from pit_jax.train.state import TrainState
 from pit_jax.train.step import Step
@@ -90,17 +93,31 @@ class Parts:
 
 
 class Drawn(NamedTuple):
-    """What a step has met, and what was answered."""
+    """A step's contexts and answers, and what the parameters that gave them say of each token."""
 
     met: list[Context]
     rolled: Rollout
+    inputs: Conditional
+    logp: Float[Array, "N T"]
+    entropy: Float[Array, "N T"]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all that cannot be made again once the parameters have changed; waits for it."""
+        arrays = dataclasses.asdict(self.rolled.samples) | fetch({"old": self.logp, "entropy": self.entropy})
+        met = [[[int(token) for token in ids] for ids in context] for context in self.met]
+        return {"met": met, "arrays": {name: array_to_json(array) for name, array in arrays.items()}}
+
+
+Begun = tuple[list[Context], Callable[[], Rollout]]
+"""A step's contexts, and what waits for the answers to them."""
 
 
 class RlProgram:
     """REINFORCE-style RL of a policy or an improver.
 
     Beside the train state it remembers the data position, the running baseline and the monitor; samples depend
-    on (seed, step) only, so a restarted run draws the same ones.
+    on (seed, step) only, so a restarted run draws the same ones. With `RlConfig.one_step_off` the answers of the next
+    step are drawn before the update, and are remembered too.
 
     Phases: "data", "references" (sampling them), "generate", "score" (rewards, log-probabilities), "update", and
     "judge" where it looks. The host waits for the device at four points only: for the last update, once the next
@@ -112,14 +129,16 @@ class RlProgram:
         self.phases = Phases()
         self._baseline = Baseline()
         self._monitor = monitor.MonitorState(beta=parts.config.beta)
+        self._ahead: Drawn | None = None
 
     def advance(self, state: TrainState, step: int) -> tuple[TrainState, Metrics]:
         """Do one RL step: contexts, rollouts, rewards, advantages, update(s); the last is not waited for."""
         parts = self._parts
         with self.phases.paused():
             self.keep_snapshot(state, step)
-        drawn = self._draw(state, step)
-        measured = self._measure(state, drawn)
+        drawn = self._ahead or self._drawn(state, self._begin(state, step))
+        following = parts.config.one_step_off and step + 1 < parts.curriculum.steps
+        measured = self._measure(state, drawn, self._begin(state, step + 1) if following else None)
         self.phases.enter("update")
         # A baseline that no other estimator reads would compile `build` twice: with None, then with a number.
         baseline = self._baseline.mean if parts.config.estimator == "reinforce" else None
@@ -144,8 +163,9 @@ class RlProgram:
         return self._parts.held_out(self._lm_params(state))
 
     def snapshot(self) -> dict[str, Any]:
-        """Return data position, baseline and monitor."""
+        """Return data position, baseline, monitor, and the answers that the next step has already."""
         return {
+            "ahead": None if self._ahead is None else self._ahead.to_json(),
             "source": self._parts.source.state(),
             "baseline": self._baseline.mean,
             "monitor": self._monitor.to_json(),
@@ -156,6 +176,8 @@ class RlProgram:
         self._parts.source.restore(snapshot["source"])
         self._baseline = Baseline(mean=snapshot["baseline"])
         self._monitor = monitor.MonitorState.from_json(snapshot["monitor"])
+        ahead = snapshot.get("ahead")  # which older checkpoints do not have
+        self._ahead = None if ahead is None else self._drawn_before(ahead)
 
     def _params(self, state: TrainState) -> Params:
         return whole(self._frozen.base, state.params)
@@ -164,14 +186,42 @@ class RlProgram:
         params = self._params(state)
         return params["trunk"] if self._parts.config.estimator == "ppo" else params
 
-    def _draw(self, state: TrainState, step: int) -> Drawn:
-        """Return the contexts of a step, answered with the parameters of `state`."""
+    def _begin(self, state: TrainState, step: int) -> Begun:
+        """Have the contexts of a step answered with the parameters of `state`; one step off, do not wait for it."""
         parts, repeat = self._parts, self._parts.config.samples_per_prompt
         met = self._contexts(state, step)
         self.phases.enter("generate")
         params, rows = self._lm_params(state), [self._row(context) for context in met]
         keys = rollout_keys(parts.seed, step, len(met) * repeat)
-        return Drawn(met, rollout(parts.sampler, params, rows, repeat, keys))
+        if parts.config.one_step_off:
+            return met, begin_rollout(parts.sampler, params, rows, repeat, keys)
+        return met, functools.partial(rollout, parts.sampler, params, rows, repeat, keys)
+
+    def _drawn(self, state: TrainState, begun: Begun) -> Drawn:
+        """Wait for the answers, and have their tokens scored by the parameters of `state`, which gave them."""
+        parts, (met, wait) = self._parts, begun
+        self.phases.enter("generate")
+        rolled = wait()
+        self.phases.enter("score")
+        inputs = self._placed(rolled)
+        scores = in_turn(token_scores(parts.lm, self._lm_params(state), inputs, parts.micro_batches))
+        return Drawn(met, rolled, inputs, scores.logp, scores.entropy)
+
+    def _drawn_before(self, saved: dict[str, Any]) -> Drawn:
+        """Return what `Drawn.to_json` saved."""
+        parts = self._parts
+        met = [Context(tuple(prompt), tuple(reference)) for prompt, reference in saved["met"]]
+        arrays = {name: array_from_json(array) for name, array in saved["arrays"].items()}
+        old, entropy = put_batch((arrays.pop("old"), arrays.pop("entropy")), parts.mesh, row_axis=0)
+        rows = [self._row(context) for context in met]
+        prompts = rows_to_prompts(rows, parts.sampler.width, parts.sampler.pad_id)
+        prompts = repeated(prompts, parts.config.samples_per_prompt)
+        rolled = Rollout(prompts, Samples(**arrays))  # pyright: ignore[reportArgumentType]
+        return Drawn(met, rolled, self._placed(rolled), old, entropy)
+
+    def _placed(self, rolled: Rollout) -> Conditional:
+        """Return what models read, on the devices: a prompt once for the samples that share it."""
+        return put_batch(share(rolled.inputs, self._parts.shared), self._parts.mesh, row_axis=0)
 
     def _contexts(self, state: TrainState, step: int) -> list[Context]:
         """Return the contexts of a step, as soon as the last update is done."""
@@ -208,33 +258,37 @@ class RlProgram:
         codec = self._parts.codec
         return codec.improver_prompt(*context) if self._parts.improver else codec.policy_prompt(context.prompt)
 
-    def _measure(self, state: TrainState, drawn: Drawn) -> Measured:
-        """Return what is known of a step's samples; the devices have work while the host waits for rewards."""
-        parts, (met, rolled) = self._parts, drawn
+    def _measure(self, state: TrainState, drawn: Drawn, following: Begun | None) -> Measured:
+        """Return what is known of a step's samples; the devices have work while the host waits for rewards.
+
+        Args:
+          state: before the update.
+          drawn: the samples.
+          following: those of the next step, under way, for which it waits first: devices work in this order.
+        """
+        parts, repeat = self._parts, self._parts.config.samples_per_prompt
         self.phases.enter("score")
-        params, repeat = self._lm_params(state), parts.config.samples_per_prompt
-        inputs: Conditional = put_batch(share(rolled.inputs, parts.shared), parts.mesh, row_axis=0)
-        scores = in_turn(token_scores(parts.lm, params, inputs, parts.micro_batches))
-        answered = [context for context in met for _ in range(repeat)]
-        rewards = self._rewards(met, rolled.responses)
-        anchor = in_turn(token_scores(parts.lm, self._frozen.anchor, inputs, parts.micro_batches))
-        values = jnp.zeros_like(scores.logp)
+        answered = [context for context in drawn.met for _ in range(repeat)]
+        rewards = self._rewards(drawn.met, drawn.rolled.responses)
+        anchor = in_turn(token_scores(parts.lm, self._frozen.anchor, drawn.inputs, parts.micro_batches))
+        values = jnp.zeros_like(drawn.logp)
         if parts.config.estimator == "ppo":
-            values = in_turn(token_values(ValueModel(parts.lm), self._params(state), inputs, parts.micro_batches))
-        table = rewards().reshape(len(met), repeat + 1)
+            values = in_turn(token_values(ValueModel(parts.lm), self._params(state), drawn.inputs, parts.micro_batches))
+        self._ahead = None if following is None else self._drawn(state, following)
+        samples, table = drawn.rolled.samples, rewards().reshape(len(drawn.met), repeat + 1)
         on_host = {
-            "logp_sampler": rolled.samples.logp,
+            "logp_sampler": samples.logp,
             "reward": table[:, :-1].reshape(-1),
             "reference_reward": np.repeat(table[:, -1], repeat),
             "reference_length": np.array([len(context.reference) + 1.0 for context in answered], np.float32),
-            "finished": rolled.samples.finished,
+            "finished": samples.finished,
         }
         return Measured(
-            inputs=inputs,
-            logp_old=scores.logp,
+            inputs=drawn.inputs,
+            logp_old=drawn.logp,
             logp_anchor=anchor.logp,
             values=values,
-            entropy=scores.entropy,
+            entropy=drawn.entropy,
             **put_batch(on_host, parts.mesh, row_axis=0),
         )
 

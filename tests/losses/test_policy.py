@@ -87,6 +87,30 @@ def test_expected_gradient_is_exact(beta: float, config: PolicyLoss):
     np.testing.assert_allclose(-got, jax.grad(_objective)(LOGITS, beta), atol=2e-6)
 
 
+def _off_policy(truncation: float) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """Return the expected gradient of samples of `ANCHOR` at other parameters, and the metrics."""
+    rows, chance = np.arange(len(SEQUENCES)), np.exp(np.asarray(_sequence_logp(ANCHOR), np.float64))
+    per_token = np.where(TOY_MASK, (len(rows) * chance * _penalised(0.0))[:, None], np.nan)
+    experience = _experience(TOY_MASK, advantage=per_token, logp_old=_logp(ANCHOR))
+    config = PolicyLoss(truncation=truncation)
+    loss = lambda logits: policy_gradient(_logp(logits), experience, config, off_policy=True)  # noqa: E731
+    found = {name: np.asarray(value.value()) for name, value in loss(LOGITS)[1].items()}
+    return -jax.grad(lambda logits: loss(logits)[0].value())(LOGITS), found
+
+
+def test_samples_of_older_parameters_have_the_exact_expected_gradient():
+    exact = jax.grad(_objective)(LOGITS, 0.0)
+    got, found = _off_policy(np.inf)
+    np.testing.assert_allclose(got, exact, atol=2e-6)
+    ratio = PROBABILITY / np.exp(np.asarray(_sequence_logp(ANCHOR), np.float64))
+    np.testing.assert_allclose(found["weight/mean"], ratio.mean(), rtol=1e-5)
+    assert found["weight/truncated"] == 0
+    cut, found = _off_policy(1.0)
+    np.testing.assert_allclose(found["weight/mean"], np.minimum(ratio, 1.0).mean(), rtol=1e-5)
+    np.testing.assert_allclose(found["weight/truncated"], (ratio > 1.0).mean())
+    assert 0 < found["weight/truncated"] < 1 and jnp.max(jnp.abs(cut - exact)) > 1e-3
+
+
 def test_the_kl_term_matters_and_pulls_to_the_anchor():
     rows = np.arange(len(SEQUENCES))
     kl_part = _estimate(rows, len(rows) * PROBABILITY * (_penalised(BETA) - _penalised(0.0)), REINFORCE)

@@ -29,7 +29,7 @@ from pit_jax.train.state import TrainState
 from . import small
 
 STEPS = 5
-SLOW = ("sft packed", "reward", "rloo", "reinforce", "group")
+SLOW = ("sft packed", "reward", "rloo", "reinforce", "group", "one step off")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
 PPO = PolicyLoss(kind="ppo_clip")
@@ -61,6 +61,7 @@ STAGES = {
     "reinforce": _rl(estimator="reinforce", samples_per_prompt=2),
     "ppo": _rl(estimator="ppo", policy=PPO, epochs=2, minibatches=2),
     "improver": _improver(),
+    "one step off": _rl(one_step_off=True),
 }
 
 
