@@ -2,6 +2,9 @@
 
     python benchmarks/lm_head.py [--tokens 2048] [--width 256] [--vocab 8192] [--chunks 1024 2048]
 
+"blocks" go over the vocabulary and compute all logits twice (`token_scores`); "one pass" goes over the tokens and
+computes them once (`token_loss`), in as many parts as there would be blocks, and in parts of 256 tokens.
+
 Prints one row a form: temporary memory that XLA plans for the compiled program, and the best of several runs,
 with the ratio to the plain form. All forms run in one process, one after the other.
 """
@@ -15,7 +18,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pit_jax.core.types import TokenScores
 from pit_jax.ops.logprob import token_scores
+from pit_jax.ops.token_loss import Passage, token_loss
 
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -31,6 +36,19 @@ def chunked(chunk: int) -> Loss:
 
     def loss(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
         return -jnp.mean(token_scores(hidden, head, targets, chunk=chunk).logp)
+
+    return loss
+
+
+def one_pass(parts: int) -> Loss:
+    """Return the mean loss by `ops.token_loss`."""
+
+    def per_token(scores: TokenScores, _: None) -> jax.Array:
+        return -scores.logp
+
+    def loss(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        total, _ = token_loss(per_token, hidden[None], head, targets[None], None, Passage(chunks=parts))
+        return total / targets.size
 
     return loss
 
@@ -64,7 +82,9 @@ def main() -> None:
         jax.random.randint(keys[2], (args.tokens,), 0, args.vocab),
     )
     forms: dict[str, Loss] = {"plain log-softmax": plain}
-    forms |= {f"chunks of {chunk}": chunked(chunk) for chunk in args.chunks}
+    forms |= {f"blocks of {chunk}": chunked(chunk) for chunk in args.chunks}
+    parts = {-(-args.vocab // chunk) for chunk in args.chunks} | {-(-args.tokens // 256)}
+    forms |= {f"one pass, {count} parts": one_pass(count) for count in sorted(parts)}
     device = jax.devices()[0]
     print(f"{args.tokens} tokens, width {args.width}, vocabulary {args.vocab}, float32, {device.device_kind}")
     print(f"{'form':20} {'temporary MiB':>14} {'ms':>8} {'memory':>8} {'time':>8}")
