@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pit_jax.core.types import Conditional, Params, Prompts, TokenScores
+from pit_jax.models.output import Output
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 
@@ -63,13 +64,20 @@ class ToyLM:
         """Return the logits after `token`."""
         return params["table"][token] + cache.context, cache
 
-    def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
-        """Return the scores of every response token."""
-        mask = x.response_segments > 0
+    def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> jax.Array:
+        """Return the logits of every response token, which are the states of this model."""
         context = self._context(params, x.prompt, x.prompt_segments > 0)
         last = self._last(x.prompt, x.prompt_segments > 0)
         before = jnp.concatenate([last[:, None], x.response[:, :-1]], axis=1)
-        logits = params["table"][before] + context[:, None, :]
+        return params["table"][before] + context[:, None, :]
+
+    def output(self, params: Params) -> Output:
+        """Return a head that leaves states as they are."""
+        return Output(jnp.eye(self.vocab), self.vocab, None, 1.0)
+
+    def logprobs(self, params: Params, x: Conditional, key: jax.Array | None = None) -> TokenScores:
+        """Return the scores of every response token, by the textbook."""
+        mask, logits = x.response_segments > 0, self.predictors(params, x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         logp = jnp.take_along_axis(logits, x.response[..., None], axis=-1)[..., 0] - log_z
         every = jax.nn.log_softmax(logits, axis=-1)
