@@ -17,6 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.models import attending
 from pit_jax.models.attending import KeysValues
+from pit_jax.models.config import ModelConfig
+from pit_jax.ops.cached import Numbers, Small, shrink
 from pit_jax.sharding.rules import constrain
 
 NEVER = 2**30
@@ -54,7 +56,7 @@ class Cache:
     @property
     def ages(self) -> Int[Array, "1 T"]:
         """How many tokens ago each slot is written, once the next token is in its own."""
-        slots = _one(self.own).shape[2]
+        slots = _slots(self.own)
         return ((self.slot - jnp.arange(slots, dtype=jnp.int32)) % slots)[None, :]
 
     @property
@@ -81,7 +83,7 @@ class Cache:
 
     def after(self, own: Stored) -> Cache:
         """Return the cache with the next token's keys and values written, which `remember` has done."""
-        slots = _one(own).shape[2]
+        slots = _slots(own)
         # A row that goes on for longer than the ring, because nobody has replaced it, forgets its first tokens.
         count = jnp.minimum(self.count + 1, slots - 1)
         return dataclasses.replace(self, own=own, count=count, slot=(self.slot + 1) % slots)
@@ -97,7 +99,7 @@ def begin(
     *,
     samples: int,
     slots: int,
-    apart: bool,
+    config: ModelConfig,
 ) -> Cache:
     """Return a cache of prompts, each with `samples` rows that have no token yet.
 
@@ -107,15 +109,16 @@ def begin(
       first: position of the first token after each.
       samples: rows a prompt.
       slots: tokens a row.
-      apart: a layer's keys and values are arrays of their own.
+      config: whether a layer's keys and values are arrays of their own, and integers.
     """
     prompts, unused = places.shape[0], attending.slots(places.shape[1]) - places.shape[1]
     number, _, _, heads, width = known.keys.shape
     shape = (prompts * samples, heads, attending.slots(slots), width)
-    empty = _cut(jnp.zeros(shape if apart else (number, *shape), known.keys.dtype))
+    apart, small = not config.scan_layers, config.cache_dtype == "int8"
+    empty = jax.tree.map(_cut, _held(jnp.zeros(shape if apart else (number, *shape), known.keys.dtype), small))
     own = KeysValues(empty, empty)
     return Cache(
-        prompt=_stored(known, unused, apart),
+        prompt=_stored(known, unused, apart, small),
         own=(own,) * number if apart else own,
         places=jnp.pad(places, ((0, 0), (0, unused)), constant_values=NEVER),
         first=first,
@@ -135,19 +138,18 @@ def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Arra
       layer: number of the layer; a concrete one where layers are apart.
       slot: the slot.
     """
-    swapped = [part.swapaxes(1, 2) for part in new]
+    stacked = isinstance(own, KeysValues)
+    parts = own if isinstance(own, KeysValues) else own[layer]
+    token = KeysValues(*(_held(part.swapaxes(1, 2), isinstance(parts.keys, Small)) for part in new))
+
+    def write(old: Array, one: Array) -> Array:
+        at = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
+        return _cut(jax.lax.dynamic_update_slice(old, one[None] if stacked else one, at))
+
+    written = jax.tree.map(write, parts, token)
     if isinstance(own, KeysValues):
-        at = (layer, 0, 0, slot, 0)
-        pairs = zip(own, swapped, strict=True)
-        written = KeysValues(
-            *(_cut(jax.lax.dynamic_update_slice(old, one[None].astype(old.dtype), at)) for old, one in pairs)
-        )
-        return written, KeysValues(*(jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in written))
-    pairs, number = zip(own[layer], swapped, strict=True), int(layer)
-    here = KeysValues(
-        *(_cut(jax.lax.dynamic_update_slice(old, one.astype(old.dtype), (0, 0, slot, 0))) for old, one in pairs)
-    )
-    return (*own[:number], here, *own[number + 1 :]), here
+        return written, jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), written)
+    return (*own[: int(layer)], written, *own[int(layer) + 1 :]), written
 
 
 def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
@@ -182,21 +184,25 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
     )
 
 
-def _stored(known: KeysValues, unused: int, apart: bool) -> Stored:
+def _stored(known: KeysValues, unused: int, apart: bool, small: bool) -> Stored:
     """Return keys and values of all layers as a cache holds them, with so many empty slots more."""
 
-    def held(part: Float[Array, "*N B C Kh E"]) -> Float[Array, "*N B Kh C E"]:
-        return _cut(jnp.pad(part.swapaxes(-3, -2), ((0, 0),) * (part.ndim - 2) + ((0, unused), (0, 0))))
+    def held(part: Float[Array, "*N B C Kh E"]) -> Numbers:
+        room = jnp.pad(part.swapaxes(-3, -2), ((0, 0),) * (part.ndim - 2) + ((0, unused), (0, 0)))
+        return jax.tree.map(_cut, _held(room, small))
 
     if not apart:
         return KeysValues(*map(held, known))
     return tuple(KeysValues(*map(held, layer)) for layer in zip(*map(jnp.unstack, known), strict=True))
 
 
+def _held(part: Float[Array, "*N B Kh C E"], small: bool) -> Numbers:
+    return shrink(part) if small else part
+
+
 def _cut(part: Float[Array, "*N B Kh C E"]) -> Float[Array, "*N B Kh C E"]:
     return constrain(part, attending.CACHE[-part.ndim :])
 
 
-def _one(stored: Stored) -> Float[Array, "B Kh C E"]:
-    """Return one layer's keys, for their shape."""
-    return stored.keys[0] if isinstance(stored, KeysValues) else stored[0].keys
+def _slots(stored: Stored) -> int:
+    return (stored if isinstance(stored, KeysValues) else stored[0]).keys.shape[-2]

@@ -12,9 +12,12 @@ ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 REMAT_POLICIES = ("none", "full", "dots", "dots_with_no_batch_dims")
 QUANTISED = ("int8",)
+CACHE_DTYPES = ("int8",)
 ATTENTION_FORMS = ("auto", "xla", "splash", "cudnn")
 
-HOW_IT_RUNS = frozenset({"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk", "attention"})
+HOW_IT_RUNS = frozenset(
+    {"dropout", "dtype", "param_dtype", "remat", "scan_layers", "logprob_chunk", "attention", "cache_dtype"}
+)
 """Fields that say how a network is computed or trained, not which function it is."""
 
 
@@ -38,6 +41,8 @@ class ModelConfig:
     attention: "splash" (TPU) and "cudnn" (GPU) are flash kernels, whose memory is linear in the length; "xla" runs
       everywhere; "auto" is the kernel of the platform. What a kernel cannot do, relative position biases say, and
       decoding token by token are XLA's in any case (`models/attending.py`).
+    cache_dtype: "int8" holds keys and values in decoding so, with a scale for each head and position; by default they
+      have the dtype of activations. Log-probabilities of samples are then not quite those of training.
     lora: low-rank adapters of linear maps; their matrices are parameters beside the kernels.
     quantised: "int8" stores the frozen kernels of attention and feed-forward layers so, with a scale per output
       channel; only with `lora`.
@@ -60,6 +65,7 @@ class ModelConfig:
     scan_layers: bool = True
     logprob_chunk: int = 8192
     attention: str = "auto"
+    cache_dtype: str | None = None
     lora: Lora | None = None
     quantised: str | None = None
 
@@ -76,6 +82,8 @@ class ModelConfig:
         self._check_choice("param_dtype", DTYPES)
         self._check_choice("remat", REMAT_POLICIES)
         self._check_choice("attention", ATTENTION_FORMS)
+        if self.cache_dtype is not None:
+            self._check_choice("cache_dtype", CACHE_DTYPES)
         if not self.norm_eps > 0:
             raise self.bad("norm_eps", "be positive", "1e-6 is usual.")
         if not 0 <= self.dropout < 1:

@@ -398,8 +398,7 @@ class DecoderOnly:
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         last = layers.gather(states, lengths[:, None] - 1)[:, 0]
         places = jnp.where(prompts.mask, row.positions, caches.NEVER)
-        apart = not self.config.scan_layers
-        cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, apart=apart)
+        cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, config=self.config)
         return jnp.repeat(self._logits(net, last), samples, axis=0), cache
 
     def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:

@@ -164,9 +164,9 @@ class Seq2Seq:
         net, mask = self._bind(params), prompts.mask
         row = layers.prompt_row(prompts.tokens, mask.astype(jnp.int32), prompts.reference)
         known, places = net.recall(net.encode(row, None)), jnp.where(mask, 0, caches.NEVER)
-        first, apart = jnp.zeros(mask.shape[0], jnp.int32), not self.config.scan_layers
+        first = jnp.zeros(mask.shape[0], jnp.int32)
         # One slot more than new tokens: the start token takes the first.
-        cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, apart=apart)
+        cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, config=self.config)
         return self.step(params, cache, jnp.full(cache.count.shape, self.config.start_id, jnp.int32))
 
     def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:

@@ -8,16 +8,46 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int8
 
 # As in `ops.attention`: finite, and below every real score.
 _MASKED = -1e30
 _FLOOR = -1e29
 
-Piece = tuple[Float[Array, "_ Kh _ E"], Float[Array, "_ Kh _ E"]]
+_LARGEST = 127
+"""Of the integers of a `Small`."""
+
+
+class Small(NamedTuple):
+    """Keys or values as integers, with the size of 1 for each head and position."""
+
+    values: Int8[Array, "*shape E"]
+    scale: Float[Array, "*shape 1"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole numbers."""
+        return self.values.shape
+
+
+def shrink(x: Float[Array, "*shape E"]) -> Small:
+    """Return the nearest integers q = round(x / s) with s = max |x| / 127 over the last axis; 1 where x is 0.
+
+    An error is at most s / 2: half a percent of the largest entry of a head's key or value.
+    """
+    numbers = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(numbers), axis=-1, keepdims=True)
+    scale = jnp.where(largest == 0, 1.0, largest / _LARGEST)
+    return Small(jnp.round(numbers / scale).astype(jnp.int8), scale)
+
+
+Numbers = Float[Array, "_ Kh _ E"] | Small
+Piece = tuple[Numbers, Numbers]
 """Keys and values `[X, Kh, K, E]`; X divides the rows B, and row b looks at number b // (B / X)."""
 
 
@@ -58,7 +88,7 @@ def attend(
     peak = jax.lax.stop_gradient(jnp.maximum(_joined(jnp.maximum, peaks), _FLOOR))
     weights = [jnp.exp(score - peak) for score in scores]
     total = _joined(jnp.add, [jnp.sum(weight, axis=-1, keepdims=True) for weight in weights])
-    found = [_values(weight, values) for weight, (_, values) in zip(weights, pieces, strict=True)]
+    found = [_values(weight, values, query.dtype) for weight, (_, values) in zip(weights, pieces, strict=True)]
     out = _joined(jnp.add, found) / jnp.where(total > 0, total, 1.0)
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
 
@@ -70,21 +100,27 @@ def _joined(operation, parts):
     return first
 
 
-def _scores(query: Float[Array, "B Q H E"], keys: Float[Array, "X Kh K E"]) -> Float[Array, "B Kh G Q K"]:
+def _scores(query: Float[Array, "B Q H E"], keys: Numbers) -> Float[Array, "B Kh G Q K"]:
     (rows, queries, heads, width), (prompts, kv_heads, slots, _) = query.shape, keys.shape
     shape = (prompts, rows // prompts, queries, kv_heads, heads // kv_heads, width)
     # Rows of one product: all queries of all samples of a prompt that share a key head.
     wide = query.reshape(shape).transpose(0, 3, 1, 4, 2, 5).reshape(prompts, kv_heads, -1, width)
-    scores = jnp.einsum("xhqe,xhke->xhqk", wide, keys, preferred_element_type=jnp.float32)
+    numbers, scale = (keys.values.astype(query.dtype), keys.scale) if isinstance(keys, Small) else (keys, None)
+    scores = jnp.einsum("xhqe,xhke->xhqk", wide, numbers, preferred_element_type=jnp.float32)
+    if scale is not None:
+        scores = scores * scale.swapaxes(2, 3)
     scores = scores.reshape(prompts, kv_heads, shape[1], shape[4], queries, slots).swapaxes(1, 2)
     return scores.reshape(rows, kv_heads, shape[4], queries, slots)
 
 
-def _values(weights: Float[Array, "B Kh G Q K"], values: Float[Array, "X Kh K E"]) -> Float[Array, "B Kh G Q E"]:
+def _values(weights: Float[Array, "B Kh G Q K"], values: Numbers, dtype: DTypeLike) -> Float[Array, "B Kh G Q E"]:
     (rows, kv_heads, groups, queries, slots), (prompts, _, _, width) = weights.shape, values.shape
     samples = rows // prompts
-    wide = weights.astype(values.dtype).reshape(prompts, samples, kv_heads, groups, queries, slots).swapaxes(1, 2)
-    wide = wide.reshape(prompts, kv_heads, samples * groups * queries, slots)
-    found = jnp.einsum("xhqk,xhke->xhqe", wide, values, preferred_element_type=jnp.float32)
+    wide = weights.reshape(prompts, samples, kv_heads, groups, queries, slots).swapaxes(1, 2)
+    wide, numbers = wide.reshape(prompts, kv_heads, samples * groups * queries, slots), values
+    if isinstance(values, Small):
+        # A position's size goes to its weight, so that the product is with the integers themselves.
+        wide, numbers = wide * values.scale.swapaxes(2, 3), values.values.astype(dtype)
+    found = jnp.einsum("xhqk,xhke->xhqe", wide.astype(dtype), numbers, preferred_element_type=jnp.float32)
     found = found.reshape(prompts, kv_heads, samples, groups, queries, width).swapaxes(1, 2)
     return found.reshape(rows, kv_heads, groups, queries, width)

@@ -13,6 +13,7 @@ from pit_jax.core.types import Prompts, Samples
 from pit_jax.decode.batches import Sampler
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
+from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.sharding.rules import DEFAULT_RULES, specs, use
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM
@@ -59,9 +60,10 @@ def test_samples_are_those_of_whole_batches(rows: int, samples: int, portions: i
     )
 
 
-@pytest.mark.parametrize("name", ["windowed", "learned", "t5x_decoder", "t5"])
+@pytest.mark.parametrize("name", ["windowed", "learned", "t5x_decoder", "t5", "int8"])
 def test_caches_of_every_kind_take_new_rows(name: str) -> None:
-    lm = tiny.MODELS[name]
+    small = DecoderOnly(dataclasses.replace(tiny.LEARNED, cache_dtype="int8"))
+    lm = (tiny.MODELS | {"int8": small})[name]
     params, prompts, keys = tiny.params(lm), _prompts(7, tiny.VOCABULARY), _keys(14)
     # A quarter of the vocabulary ends a row, so that they end at different times.
     plain = _sampler(lm, 4, eos_ids=tuple(range(12)))

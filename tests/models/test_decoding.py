@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,3 +87,21 @@ def test_rows_that_share_a_prompt_equal_rows_with_a_prompt_each(name: str) -> No
             plain, plain_cache = step(params, plain_cache, jnp.asarray(token))
     held, kept = (jax.tree.leaves(cache.prompt) for cache in (shared_cache, plain_cache))
     assert [2 * a.size for a in held] == [b.size for b in kept]
+
+
+@pytest.mark.parametrize("name", ["windowed", "learned", "t5"])
+def test_an_integer_cache_is_a_quarter_as_large_and_nearly_as_exact(name: str) -> None:
+    plain = tiny.MODELS[name]
+    lm, params = type(plain)(dataclasses.replace(plain.config, cache_dtype="int8")), tiny.params(plain)
+    prompts = tiny.prompts_of(tiny.batch([[one] for one in tiny.EXAMPLES], 6, 5, references=2))
+    found, cache = jax.jit(lm.prefill, static_argnums=(2, 3))(params, prompts, 4, 2)
+    expected, whole = jax.jit(plain.prefill, static_argnums=(2, 3))(params, prompts, 4, 2)
+    step, exact = jax.jit(lm.step), jax.jit(plain.step)
+    for token in np.random.default_rng(0).integers(1, 20, (3, 8)).astype(np.int32):
+        found, cache = step(params, cache, jnp.asarray(token))
+        expected, whole = exact(params, whole, jnp.asarray(token))
+    difference = np.abs(jax.nn.log_softmax(found) - jax.nn.log_softmax(expected))
+    assert 0 < difference.max() < 0.1 and difference.mean() < 0.02
+    size, before = (sum(leaf.nbytes for leaf in jax.tree.leaves((c.prompt, c.own))) for c in (cache, whole))
+    # A byte a number, and four for each head and position.
+    assert size == before * (8 + 4) / (4 * 8)

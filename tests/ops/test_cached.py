@@ -38,3 +38,15 @@ def test_magnitudes_of_pieces_may_differ_without_overflow() -> None:
     whole = [jnp.concatenate(parts, axis=2).swapaxes(1, 2) for parts in zip(*pieces, strict=True)]
     expected = attention.attend(query, *whole, mask=mask, bias=None, scale=1.0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_integers_are_as_near_as_they_can_be() -> None:
+    x = _random(2, 3, 5, 8).at[0, 0, 0].set(0.0)
+    small = cached.shrink(x)
+    step = np.max(np.abs(np.asarray(x)), axis=-1, keepdims=True) / 127
+    assert np.all(np.abs(np.asarray(small.values * small.scale - x)) <= step / 2 + 1e-7)
+    query, mask = _random(2, 1, 6, 8), jnp.ones((2, 1, 1, 5), bool)
+    settings = dict(mask=mask, bias=None, scale=0.4, softcap=None)
+    wide = small.values * small.scale
+    found = cached.attend(query, [(small, small)], **settings)
+    np.testing.assert_allclose(found, cached.attend(query, [(wide, wide)], **settings), atol=1e-6)
