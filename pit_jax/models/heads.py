@@ -62,7 +62,8 @@ class ScalarModel(_WithHead):
         last              w . (h of the last response token) + b
 
       A row without a reference has no second mean: the first two are then the mean over the response.
-    attention: "bidirectional", so that reference and response see each other, or "causal".
+    attention: "bidirectional", so that reference and response see each other, or "causal", so that responses to one
+      prompt can share it (`models/sharing.py`).
     """
 
     readout: str = "mean_difference"
