@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -118,8 +118,7 @@ class SftCollator:
 
     def leading(self, examples: Sequence[Example]) -> tuple[Conditional, int]:
         """Return the batch of as many leading examples as fit, and their number."""
-        records = [(sft_pass(example),) for example in examples]
-        places = plan([_sizes(record) for record in records], self.layout)
+        records, places = _placed(((sft_pass(example),) for example in examples), self.layout)
         return _conditional(records, places, self.layout), len(places)
 
 
@@ -134,8 +133,8 @@ class ComparisonCollator:
     def leading(self, examples: Sequence[Example]) -> tuple[Comparisons, int]:
         """Return the batch of as many leading examples as fit, and their number."""
         layout = self.layout
-        records = [comparison_passes(example, self.codec, self.view) for example in examples]
-        places = plan([_sizes(record) for record in records], layout)
+        made = (comparison_passes(example, self.codec, self.view) for example in examples)
+        records, places = _placed(made, layout)
         shape = (layout.micro_batches or 1, _PASSES[self.view], layout.records)
         index, length = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         weight = np.zeros((shape[0], shape[2]), np.float32)
@@ -199,6 +198,19 @@ def _whole(examples: Sequence[Example], collator: Collator[Batch]) -> Batch:
     if used < len(examples):
         raise DataError(f"Only {used} of {len(examples)} examples fit into the batch. Raise the layout's rows.")
     return batch
+
+
+def _placed(records: Iterable[tuple[Pass, ...]], layout: Layout) -> tuple[list[tuple[Pass, ...]], list[list[Place]]]:
+    """Return the leading records that fit into a batch, with their places; what follows them is not made."""
+    made: list[tuple[Pass, ...]] = []
+
+    def sizes() -> Iterator[list[Size]]:
+        for record in records:
+            made.append(record)
+            yield _sizes(record)
+
+    places = plan(sizes(), layout)
+    return made[: len(places)], places
 
 
 def _sizes(record: Sequence[Pass]) -> list[Size]:

@@ -9,7 +9,7 @@ holds one example, and the same rule gives every batch the same number of exampl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -120,10 +120,10 @@ class _Rows:
         return places
 
 
-def plan(records: Sequence[Sequence[Size]], layout: Layout) -> list[list[Place]]:
+def plan(records: Iterable[Sequence[Size]], layout: Layout) -> list[list[Place]]:
     """Return the places of the leading records that fit into one batch, in order.
 
-    All examples of a record are in one micro-batch.
+    All examples of a record are in one micro-batch. No record is asked for after the first that does not fit.
 
     Raises:
       DataError: an example is larger than a row, or the first record does not fit into an empty batch.
@@ -134,14 +134,14 @@ def plan(records: Sequence[Sequence[Size]], layout: Layout) -> list[list[Place]]
         _check_sizes(n, record, layout)
         found = (rows.add(record, a) for a, rows in enumerate(micro_batches))
         places = next((places for places in found if places is not None), None)
+        if places is None and not placed:
+            raise DataError(
+                f"One record takes {len(record)} examples, which do not fit into {layout.rows} rows of "
+                f"{layout.inputs} + {layout.targets} tokens. Raise Packing.rows."
+            )
         if places is None:
             break
         placed.append(places)
-    if records and not placed:
-        raise DataError(
-            f"One record takes {len(records[0])} examples, which do not fit into {layout.rows} rows of "
-            f"{layout.inputs} + {layout.targets} tokens. Raise Packing.rows."
-        )
     return placed
 
 

@@ -132,8 +132,7 @@ class ShuffledSource:
         self._window = min(window, self._length)
         self._seed = seed
         self._position = 0
-        self._loaded: tuple[int, int] | None = None
-        self._block: list[Example] = []
+        self._blocks: dict[tuple[int, int], list[Example]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -150,8 +149,7 @@ class ShuffledSource:
         while len(taken) < n:
             epoch, index = divmod(self._position, self._length)
             block, offset = divmod(index, self._window)
-            self._load(epoch, block)
-            part = self._block[offset : offset + n - len(taken)]
+            part = self._load(epoch, block)[offset : offset + n - len(taken)]
             taken += part
             self._position += len(part)
         return taken
@@ -201,13 +199,15 @@ class ShuffledSource:
             "seed": self._seed,
         }
 
-    def _load(self, epoch: int, block: int) -> None:
-        if self._loaded == (epoch, block):
-            return
+    def _load(self, epoch: int, block: int) -> list[Example]:
+        """Return the examples of a block in their order; the last two are kept, for `give_back` often crosses."""
+        if (epoch, block) in self._blocks:
+            return self._blocks[epoch, block]
         start = block * self._window
         stop = min(start + self._window, self._length)
         examples = self._provider.read(start, stop)
         if len(examples) != stop - start:
             raise DataError(f"The data set gave {len(examples)} examples for {start}..{stop - 1}: it has changed.")
-        self._block = [examples[i] for i in block_order(self._seed, epoch, block, stop - start)]
-        self._loaded = (epoch, block)
+        self._blocks = dict(list(self._blocks.items())[-1:])
+        self._blocks[epoch, block] = [examples[i] for i in block_order(self._seed, epoch, block, stop - start)]
+        return self._blocks[epoch, block]

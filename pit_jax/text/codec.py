@@ -108,8 +108,8 @@ class Codec:
 
     def without_eos(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Return what stands before the first EOS: a response as a reference."""
-        end = next((n for n, i in enumerate(ids) if i in self.eos_ids), len(ids))
-        return tuple(int(i) for i in ids[:end])
+        plain = tuple(map(int, ids))
+        return plain[: min((plain.index(eos) for eos in self.eos_ids if eos in plain), default=len(plain))]
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of ids up to the first EOS."""
@@ -184,7 +184,7 @@ class Codec:
         return PromptRow(tuple(ids), reference)
 
     def _fit(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        ids = tuple(int(i) for i in prompt_ids[-self.prompt_room :])
+        ids = tuple(map(int, prompt_ids[-self.prompt_room :]))
         # Some chat templates write BOS before every user's turn; where the cut falls there, it is no second one.
         return ids if len(prompt_ids) <= self.prompt_room else ids[self._leading_bos(ids) :]
 

@@ -143,3 +143,21 @@ def test_data_that_shrink_while_read_are_refused():
     blocks._examples = blocks._examples[:6]
     with pytest.raises(DataError, match="it has changed"):
         stream.take(4)
+
+
+def test_going_back_over_the_end_of_a_block_reads_nothing_again():
+    class Counting(ListBlocks):
+        reads = []
+
+        def read(self, start, stop):
+            self.reads.append(start)
+            return super().read(start, stop)
+
+    provider = Counting(examples(12))
+    stream = ShuffledSource(provider, window=4, seed=3)
+    taken = []
+    for _ in range(8):
+        taken += stream.take(5)[:2]
+        stream.give_back(3)
+    assert numbers(taken) == numbers(source(12, 4, seed=3).take(16))
+    assert provider.reads == [0, 4, 8, 0, 4]
