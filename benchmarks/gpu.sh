@@ -28,10 +28,13 @@ bench ceilings
 bench sft_step --steps "$steps"
 bench sft_step --steps "$steps" --variant full --set remat=full
 bench gap_step --steps "$steps" --variant bidirectional
-bench gap_step --steps "$steps" --variant causal --stage attention=causal
+bench gap_step --steps "$steps" --variant shared --stage attention=causal
+bench gap_step --steps "$steps" --variant unshared --stage attention=causal --training share_prompts=False
 bench rollout --steps "$steps"
 bench rollout --steps "$steps" --variant bfloat16 --set param_dtype=bfloat16
 bench rl_step --steps "$steps"
+bench rl_step --steps "$steps" --variant unshared --training share_prompts=False
+bench rl_step --steps "$steps" --variant one-step-off --stage one_step_off=True
 # shellcheck disable=SC2086  # a list of numbers
 bench growth --steps "$steps" --tokens "${TOKENS:-32768}" --responses ${RESPONSES:-64 128 256 512}
 

@@ -25,11 +25,12 @@ Phases = Mapping[str, list[float]]
 def main(kind: str, description: str | None) -> None:
     """Measure the work of a kind as the command line says; print a table and write JSON."""
     parser = options.parser(description)
-    parser.add_argument("--micro_batches", type=int, default=1)
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the model's config")
-    parser.add_argument(
-        "--stage", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the stage (RL: training)"
-    )
+    for name, what in (
+        ("set", "the model's config"),
+        ("stage", "the stage; of RlConfig (rl), of the sampler (rollout)"),
+        ("training", "the stage's training, such as micro_batches=4"),
+    ):
+        parser.add_argument(f"--{name}", nargs="*", default=[], metavar="FIELD=VALUE", help=f"fields of {what}")
     parser.add_argument("--mean_length", type=int, default=None, help="rollout: answers end after about so many tokens")
     parser.add_argument("--no_ceilings", action="store_true", help="do not measure what the machine can do")
     arguments = parser.parse_args()
@@ -51,9 +52,9 @@ def measure(arguments: argparse.Namespace, shape: Shape, work: Work) -> Record:
         if work.kind == "rollout":
             phases, extra = _rollouts(run, work, laps, arguments)
         else:
-            changes = options.settings(arguments.stage)
+            changes = product.Changes(options.settings(arguments.stage), options.settings(arguments.training))
             make = product.reinforced if work.kind == "rl" else product.supervised
-            step = product.Stepper(make(run, work, arguments.micro_batches, **changes))
+            step = product.Stepper(make(run, work, changes))
             phases, extra = _steps(step, laps, arguments.steps), {}
         return record.of_laps(
             laps,
@@ -64,12 +65,7 @@ def measure(arguments: argparse.Namespace, shape: Shape, work: Work) -> Record:
             device=jax.devices()[0].device_kind,
             device_memory=product.device_memory(),
             phases={name: statistics.median(seconds[laps.warmup :]) for name, seconds in phases.items()},
-            extra=extra
-            | {
-                "compiling": compilation.read(),
-                "model": dataclasses.asdict(config),
-                "micro_batches": arguments.micro_batches,
-            },
+            extra=extra | {"compiling": compilation.read(), "model": dataclasses.asdict(config)},
             versions=record.versions("jax", "jaxlib", "flax", "numpy"),
         )
 
@@ -88,7 +84,7 @@ def _steps(step: product.Stepper, laps: Laps, count: int) -> Phases:
 
 def _rollouts(run: Run, work: Work, laps: Laps, arguments: argparse.Namespace) -> tuple[Phases, dict[str, Any]]:
     """Time rollouts, and rollouts of one token: what is left of a rollout without it is decoding."""
-    rollouts = product.Rollouts(run, work, arguments.mean_length)
+    rollouts = product.Rollouts(run, work, arguments.mean_length, options.settings(arguments.stage))
     lengths = []
 
     def one() -> None:

@@ -135,22 +135,28 @@ class Started(NamedTuple):
     state: TrainState
 
 
-def supervised(run: Run, work: Work, micro_batches: int, **changes: Any) -> Started:
+class Changes(NamedTuple):
+    """Fields that are not to be the defaults: of the stage (RL: of its `RlConfig`), and of its training."""
+
+    stage: dict[str, Any]
+    training: dict[str, Any]
+
+
+def supervised(run: Run, work: Work, changes: Changes) -> Started:
     """Return the program of fine-tuning (work "sft") or of the gap reward ("gap"), as `stages.supervised.train` does.
 
     Args:
       run: the run.
       work: which, and how many rows or records an update has.
-      micro_batches: parts of a batch.
-      **changes: of the stage's fields.
+      changes: of the stage.
     """
     loop = Loop(steps=STEPS)
-    training = Training(batch_size=work.rows, loop=loop, optimizer=OPTIMIZER, micro_batches=micro_batches)
+    training = Training(batch_size=work.rows, loop=loop, optimizer=OPTIMIZER, **changes.training)
     stage: Any
     if work.kind == "sft":
-        stage = Sft(name="sft", role="policy", training=training, **changes)
+        stage = Sft(name="sft", role="policy", training=training, **changes.stage)
     else:
-        stage = Reward(name=REWARD, role="gap", init_from="start", training=training, **changes)
+        stage = Reward(name=REWARD, role="gap", init_from="start", training=training, **changes.stage)
     learning = stage.learning(run)
     frozen, trained = divide(learning.network, fresh_params(run, learning.network, stage.name))
     state, shardings = initial_state(run, learning.network, trained, training.optimizer, STEPS)
@@ -166,23 +172,23 @@ def supervised(run: Run, work: Work, micro_batches: int, **changes: Any) -> Star
     return Started(program, state)
 
 
-def reinforced(run: Run, work: Work, micro_batches: int, **changes: Any) -> Started:
+def reinforced(run: Run, work: Work, changes: Changes) -> Started:
     """Return the program of reinforcement learning of a policy, as `Rl.run` does; no sample ends early.
 
     Args:
       run: the run.
       work: its prompts and samples.
-      micro_batches: parts of the samples of an update.
-      **changes: of the fields of `RlTraining`.
+      changes: of the stage.
     """
     training = RlTraining(
         contexts=work.rows // work.samples, optimizer=dataclasses.replace(OPTIMIZER, learning_rate=1e-6),
-        micro_batches=micro_batches, rollout_batch=work.rows, evaluation_prompts=1, **changes,
+        rollout_batch=work.rows, evaluation_prompts=1, **changes.training,
     )  # fmt: skip
     stage = Rl(
         name="rl", role="policy", training=training,
-        rl=RlConfig(estimator="rloo", samples_per_prompt=work.samples, beta=0.05), init_from="start", anchor="anchor",
-        reward=REWARD, rounds=(Round(name="all", steps=STEPS, references=("chosen",)),),
+        rl=RlConfig(**({"estimator": "rloo", "beta": 0.05, "samples_per_prompt": work.samples} | changes.stage)),
+        init_from="start", anchor="anchor", reward=REWARD,
+        rounds=(Round(name="all", steps=STEPS, references=("chosen",)),),
     )  # fmt: skip
     frozen, trained = stage.frozen(run, run.language_model(stage.init_from))
     state, shardings = initial_state(run, stage.network(run), trained, training.optimizer, stage.updates)
@@ -205,8 +211,8 @@ def ending(sampler: Sampler, mean: int) -> Sampler:
 class Rollouts:
     """Rollouts of a work's prompts with fresh parameters; other prompts and keys in each."""
 
-    def __init__(self, run: Run, work: Work, mean_length: int | None) -> None:
-        sampler = answering.sampler(run, "policy", Sampling(), work.rows)
+    def __init__(self, run: Run, work: Work, mean_length: int | None, changes: dict[str, Any]) -> None:
+        sampler = dataclasses.replace(answering.sampler(run, "policy", Sampling(), work.rows), **changes)
         self.sampler = without_end(sampler) if mean_length is None else ending(sampler, mean_length)
         self.params = run.language_model("start")
         self._work, self._source, self._step = work, run.source("rl", "train", stream="rollout"), 0
