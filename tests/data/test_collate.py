@@ -141,7 +141,7 @@ def test_stream_position_is_exact_and_shapes_never_change(view, packing):
 def leaves(batch):
     if isinstance(batch, Comparisons):
         return [*leaves(batch.inputs), batch.index, batch.weight, batch.length]
-    return list(vars(batch).values())
+    return [leaf for leaf in vars(batch).values() if leaf is not None]
 
 
 def inputs_of(batch):
@@ -149,7 +149,7 @@ def inputs_of(batch):
 
 
 def micro(batch, a):
-    return type(batch)(**{name: array[a] for name, array in vars(batch).items()})
+    return type(batch)(**{name: array[a] for name, array in vars(batch).items() if array is not None})
 
 
 def pass_texts(example, view):
