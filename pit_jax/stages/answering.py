@@ -24,6 +24,8 @@ def make_sampler(
     sampling: Sampling,
     batch_size: int,
     mesh: Mesh | None = None,
+    *,
+    portions: int = 0,
 ) -> Sampler:
     """Return what answers prompts of a kind with a network, at the codec's fixed shapes."""
     return Sampler(
@@ -35,6 +37,7 @@ def make_sampler(
         pad_id=codec.pad_id,
         batch_size=batch_size,
         mesh=mesh,
+        portions=portions,
     )
 
 
@@ -62,7 +65,8 @@ def make_scorer(
 
 def sampler(run: Run, kind: Literal["policy", "improver"], sampling: Sampling, batch_size: int) -> Sampler:
     """Return what answers prompts of a kind with the run's network."""
-    return make_sampler(run.lm, run.codec, kind, sampling, shared_out(run.mesh, batch_size), run.mesh)
+    rows, portions = shared_out(run.mesh, batch_size), run.experiment.portions
+    return make_sampler(run.lm, run.codec, kind, sampling, rows, run.mesh, portions=portions)
 
 
 def scorer(run: Run, reference: str, kind: Literal["policy", "gap"], batch_size: int) -> Scorer:

@@ -362,7 +362,11 @@ def _references_judged(run: PlannedRun, stage: ReferenceStudy) -> list[Program]:
 def sampling(
     mesh: Mesh, name: str, sampler: Sampler, params: Params, residents: tuple[Any, ...], samples: int = 1
 ) -> Program:
-    """Return the program that answers one batch of prompts, each `samples` times."""
+    """Return the program that answers one batch of prompts, each `samples` times.
+
+    With `Sampler.portions` a run reads prompts and draws tokens in two programs of the same shapes, which together do
+    what this one does.
+    """
     shared = sampler.prompts_at_once(samples)
     rows, each = (shared, shared * samples) if shared else (sampler.batch_size, sampler.batch_size)
     prompts = Prompts(

@@ -92,6 +92,9 @@ class Experiment:
     training to be run on the experiment's own texts. lengths: token budgets, as `Lengths` or as
     `{'inputs': .., 'targets': ..}`. judge: import path `module:function` of a program that scores a response,
     if the data has one. adapters: what is trained instead of whole models.
+    portions: continuous batching of the stages' samplers (`decode.batches.Sampler`): where a sampler has more prompts
+    than rows, rows that have ended are replaced, in so many portions of a batch; 0 for whole batches. The samples are
+    the same.
     """
 
     model: ModelConfig
@@ -102,6 +105,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     judge: str | None = None
     adapters: Adapters | None = None
+    portions: int = 0
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -109,8 +113,10 @@ class Experiment:
         """Accept lengths as the mapping T5X users write.
 
         Raises:
-          ConfigError: the mapping has other keys, or adapters are set where they do not belong.
+          ConfigError: the mapping has other keys, adapters are set where they do not belong, or portions are negative.
         """
+        if self.portions < 0:
+            raise invalid("Experiment.portions", self.portions, "be at least 0", "Use 0 for whole batches.")
         if self.model.lora is not None:
             fix = "Set Experiment.adapters, which also says what they stand on."
             raise invalid("Experiment.model.lora", self.model.lora, "not be set", fix)

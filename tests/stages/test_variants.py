@@ -128,6 +128,17 @@ def test_rl_on_four_devices_takes_the_same_first_step(whole: pathlib.Path, tmp_p
         assert four[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
 
 
+def test_rl_whose_rows_are_replaced_takes_the_same_first_step(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    rounds = (Round(name="only", steps=1, references=("policy",)),)
+    training = small.rl_training(contexts=6, rollout_batch=8, optimizer=STOCHASTIC)
+    stage = dataclasses.replace(small.rl_improver(), rounds=rounds, training=training)
+    runs = [small.alone(whole, tmp_path / str(portions), stage, portions=portions) for portions in (0, 2)]
+    plain, replaced = (small.records(r.directory, "rl_improver", "train")[0] for r in runs)
+    assert replaced.keys() == plain.keys()
+    for key in plain.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
+        assert replaced[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), key
+
+
 @pytest.mark.parametrize(
     "config",
     [
