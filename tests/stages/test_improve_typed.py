@@ -8,6 +8,7 @@ import os
 import pathlib
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -359,7 +360,8 @@ class Terminal:
         """Return what is shown up to a text, from where the last wait ended."""
         end = time.monotonic() + seconds
         while text not in self.seen:
-            assert time.monotonic() < end, self.seen
+            ready, _, _ = select.select([self._ours], [], [], max(end - time.monotonic(), 0.0))
+            assert ready, f"{text!r} did not come: {self.seen}"
             try:
                 data = os.read(self._ours, 4096)
             except OSError:  # Linux: the other side is closed.
