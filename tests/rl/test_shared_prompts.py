@@ -18,6 +18,7 @@ from pit_jax.models.presets.catalog import language_model, preset
 from pit_jax.ops.shared import share
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.experience import Measured, batches, build, objective, token_scores, token_values
+from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.text.codec import PromptRow
 from pit_jax.train.optim import Optimizer
 from pit_jax.train.optim import build as build_optimizer
@@ -27,6 +28,9 @@ from pit_jax.train.step import make_step
 LM = language_model(preset("nano", vocab_size=12, width=16, heads=2, kv_heads=2, head_dim=8, mlp=24, layers=1))
 GROUP, PROMPTS = 3, 4
 PPO = RlConfig(estimator="ppo", samples_per_prompt=GROUP, policy=PolicyLoss(kind="ppo_clip"))
+
+
+MESH = make_mesh(MeshConfig(data=1), jax.devices()[:1])
 
 
 def _sampled() -> Conditional:
@@ -58,7 +62,7 @@ def _step(config: RlConfig, inputs: Conditional) -> tuple[dict, dict]:
     optimizer = Optimizer(learning_rate=0.01)
     state = create(start, build_optimizer(optimizer, config.updates))
     update, last = make_step(objective(LM, config), optimizer, steps=config.updates), {}
-    for batch in batches(experience, config, 2, jax.random.key(4)):
+    for batch in batches(experience, config, 2, jax.random.key(4), MESH):
         state, last = update(state, batch, jax.random.key(5))
     return state.params, metric.values(stats | last)
 
@@ -82,11 +86,11 @@ def test_minibatches_of_shared_prompts_hold_whole_prompts() -> None:
     zeros = table[:, 0]
     config = RlConfig(epochs=2, minibatches=2, samples_per_prompt=GROUP, policy=PolicyLoss(kind="ppo_clip"))
     measured = Measured(inputs, table, table, table, table, table, zeros, zeros, zeros, zeros < 1)
-    parts = list(batches(build(config, measured, 0.1, None)[0], config, 1, jax.random.key(0)))
+    parts = list(batches(build(config, measured, 0.1, None)[0], config, 1, jax.random.key(0), MESH))
     assert [part.inputs.prompt.shape for part in parts] == [(1, 2, 4)] * 4
     orders = []
     for part in parts:
-        numbers = part.logp_sampler[0, :, 0].reshape(-1, GROUP)
+        numbers = np.asarray(part.logp_sampler)[0, :, 0].reshape(-1, GROUP)
         orders.append((numbers[:, 0] / GROUP).astype(int).tolist())
         np.testing.assert_array_equal(numbers, numbers[:, :1] + np.arange(GROUP)[None, :])
         np.testing.assert_array_equal(part.inputs.prompt[0], inputs.prompt[orders[-1]])
