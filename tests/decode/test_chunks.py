@@ -59,7 +59,7 @@ def _sampled(
     return state
 
 
-@pytest.mark.parametrize("piece", [pytest.param(1, marks=pytest.mark.slow), 5, 100])
+@pytest.mark.parametrize("piece", [*(pytest.param(piece, marks=pytest.mark.slow) for piece in (1, 100)), 5])
 def test_every_row_is_what_generate_samples_with_its_settings(model: tuple[ConditionalLM, dict], piece: int) -> None:
     draws = _draws()
     state = _sampled(model, draws, piece)

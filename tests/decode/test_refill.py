@@ -90,6 +90,7 @@ def test_fewer_steps_are_taken_where_lengths_differ() -> None:
     assert counts[1] < 0.8 * counts[0]
 
 
+@pytest.mark.slow
 def test_devices_share_the_rows() -> None:
     lm = tiny.MODELS["rotary"]
     params, prompts, keys = tiny.params(lm), _prompts(14, tiny.VOCABULARY), _keys(14)

@@ -154,6 +154,7 @@ def test_the_calls_of_cudnn_equal_xla(name: str, calls_of_cudnn: list[bool]) -> 
     assert_equal(found, scored(with_form(lm, "xla"), params, x), 3e-5)
 
 
+@pytest.mark.slow
 def test_the_calls_of_cudnn_over_four_devices_equal_xla_on_one(calls_of_cudnn: list[bool]) -> None:
     lm, x = with_form(MODELS["windowed"], "cudnn", attention_softcap=None), packed()
     params = tiny.params(lm)

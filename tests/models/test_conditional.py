@@ -108,6 +108,7 @@ def grads_of(lm: ConditionalLM, x: Conditional, key: jax.Array | None) -> tuple[
     return jax.jit(jax.value_and_grad(lambda p: jnp.sum(lm.logprobs(p, x, key).logp)))(tiny.params(lm))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.FAMILIES)
 def test_scan_remat_and_chunks_change_nothing(name: str) -> None:
     model, x, key = type(tiny.MODELS[name]), tiny.plain(), jax.random.key(1)

@@ -46,7 +46,7 @@ def plain(params: Params, scale: float) -> Params:
     return out | {"head": out["head"]["kernel"]}
 
 
-@pytest.mark.parametrize("name", ["rotary", "t5"])
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "t5"], "rotary"))
 def test_adapters_start_at_nothing_and_leave_the_base_alone(name: str) -> None:
     lm, base_lm, key = adapted(name), tiny.MODELS[name], jax.random.key(5)
     params, expected = jax.jit(lm.init)(key), jax.jit(base_lm.init)(key)
@@ -74,7 +74,7 @@ def test_adapters_equal_merged_weights(name: str, scan: bool) -> None:
     assert not np.allclose(tiny.logp(lm, params, x), tiny.logp(base_lm, plain(params, 0.0), x), atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["rotary", "t5"])
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "t5"], "rotary"))
 def test_decoding_reads_the_adapters(name: str) -> None:
     lm, base_lm = adapted(name), tiny.MODELS[name]
     params, x = tiny.params(lm), tiny.plain()
@@ -89,7 +89,7 @@ def test_decoding_reads_the_adapters(name: str) -> None:
         np.testing.assert_allclose(one, two, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rotary", "t5"])
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "t5"], "rotary"))
 def test_split_trees_join_and_only_adapters_have_gradients(name: str) -> None:
     lm, x = adapted(name), tiny.plain()
     params = tiny.params(lm)
@@ -108,7 +108,7 @@ def test_split_trees_join_and_only_adapters_have_gradients(name: str) -> None:
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["rotary", "t5"])
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "t5"], "rotary"))
 def test_adapters_are_cut_like_the_kernels_they_belong_to(name: str) -> None:
     lm = adapted(name)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

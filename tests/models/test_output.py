@@ -71,6 +71,7 @@ def test_one_pass_over_four_devices_equals_one(mesh: str) -> None:
     close(found, differentiated(lm, params, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reinforce", "ppo_clip"])
 def test_the_policy_gradient_is_that_of_differentiated_scores(kind: str) -> None:
     lm, x = tiny.MODELS["rotary"], tiny.plain()

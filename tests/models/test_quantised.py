@@ -128,6 +128,7 @@ def test_scores_are_close_to_those_of_the_float_model(name: str) -> None:
     assert 0 < error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "scan"), [("rotary", True), ("rotary", False), ("t5", True)])
 def test_scores_and_gradients_are_those_of_the_weights_that_are_stored(name: str, scan: bool) -> None:
     plain, lm = pair(name, scan_layers=scan)

@@ -35,7 +35,7 @@ MODELS = {
 PROMPTS = tiny.prompts_of(tiny.batch([[([1, 2, 3], [4])], [([5], [6])]], 3, 1))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "learned", "scanned"))
 def test_ready_parameters_give_the_same_logits(name: str) -> None:
     lm = MODELS[name]
     params = lm.init(jax.random.key(0)) if name == "adapted" else tiny.params(lm)

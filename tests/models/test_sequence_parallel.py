@@ -31,7 +31,7 @@ SEQUENCE = MeshConfig(data=1, sequence=4)
 BOTH = MeshConfig(data=2, sequence=2)
 
 
-@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "prefix", "t5", "t5gemma", "t5gemma 2"], "rotary", "t5"))
+@pytest.mark.parametrize("name", tiny.slow_but(["rotary", "prefix", "t5", "t5gemma", "t5gemma 2"], "rotary"))
 def test_four_parts_of_every_row_equal_one_device(name: str) -> None:
     lm, params, x = MODELS[name], tiny.params(MODELS[name]), forms.packed()
     found = forms.on(SEQUENCE, lm, params, x)
@@ -39,6 +39,7 @@ def test_four_parts_of_every_row_equal_one_device(name: str) -> None:
     forms.assert_equal(found, forms.scored(lm, params, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_lengths_that_do_not_divide_stay_whole() -> None:
     lm, x = MODELS["rotary"], tiny.batch([[one] for one in tiny.EXAMPLES], 7, 6)
     params = tiny.params(lm)

@@ -111,7 +111,7 @@ def assert_same(found: tuple, expected: tuple, atol: float = 1e-5) -> None:
         np.testing.assert_allclose(one, other, atol=atol)
 
 
-@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "windowed", "t5"))
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "t5"))
 def test_shared_prompts_give_what_a_prompt_for_each_response_gives(name: str) -> None:
     lm, x = MODELS[name], shared()
     params = tiny.params(lm)
@@ -134,6 +134,7 @@ def test_prompts_that_begin_alike_give_what_whole_prompts_give(name: str) -> Non
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 def test_shared_prompts_over_four_devices_give_what_one_device_gives() -> None:
     lm, x = MODELS["rotary"], shared()
     params = tiny.params(lm)

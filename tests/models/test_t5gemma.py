@@ -180,6 +180,7 @@ def test_adapters_equal_merged_weights(name: str) -> None:
     assert not np.allclose(expected, tiny.logp(base, plain(params, 0.0), x), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.slow_but(MODELS, "two"))
 def test_four_devices_equal_one(name: str) -> None:
     lm, mesh = MODELS[name], make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

@@ -138,6 +138,7 @@ def test_interrupted_training_of_adapters_resumes(adapted: pathlib.Path, tmp_pat
     assert small.records(tmp_path, "sft_improver") == small.records(adapted, "sft_improver")
 
 
+@pytest.mark.slow
 def test_four_devices_train_the_same_adapters(adapted: pathlib.Path, tmp_path: pathlib.Path) -> None:
     stage = small.external(adapted, small.sft("improver", init_from="sft_policy"))
     experiment = small.experiment(
@@ -152,6 +153,7 @@ def test_four_devices_train_the_same_adapters(adapted: pathlib.Path, tmp_path: p
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_ppo_trains_adapters_and_value_head(adapted: pathlib.Path, tmp_path: pathlib.Path) -> None:
     rl = dataclasses.replace(small.rl_policy().rl, estimator="ppo", policy=PolicyLoss(kind="ppo_clip"))
     stage = small.rl_policy(rl=rl)

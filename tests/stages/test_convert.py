@@ -22,6 +22,8 @@ from pit_jax.text.template import Templates
 
 from . import checkpoints, small
 
+pytestmark = pytest.mark.slow
+
 IDS = np.arange(3, 15).reshape(2, 6)
 LENGTHS = {"inputs": 96, "targets": 48}
 

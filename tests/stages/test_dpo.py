@@ -255,6 +255,7 @@ def written(whole: pathlib.Path, tmp_path: pathlib.Path, run: Run) -> pathlib.Pa
     return stage
 
 
+@pytest.mark.slow
 def test_pairs_of_a_stage_are_learnt_from_and_may_not_change(
     whole: pathlib.Path, tmp_path: pathlib.Path, written: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

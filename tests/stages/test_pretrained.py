@@ -20,6 +20,8 @@ from pit_jax.stages.pretrained import Pretrained
 
 from . import checkpoints
 
+pytestmark = pytest.mark.slow
+
 HF, T5X = checkpoints.DATA / "hf", checkpoints.DATA / "t5x"
 
 

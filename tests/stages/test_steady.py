@@ -29,7 +29,7 @@ from pit_jax.train.state import TrainState
 from . import small
 
 STEPS = 5
-SLOW = ("sft packed", "reward", "rloo", "reinforce", "group", "one step off")
+SLOW = ("sft packed", "reward", "dpo", "ppo", "rloo", "reinforce", "group", "one step off")
 COMPILED = "/jax/core/compile/backend_compile_duration"
 TRACED = "/jax/core/compile/jaxpr_trace_duration"
 PPO = PolicyLoss(kind="ppo_clip")

@@ -128,6 +128,7 @@ def test_rl_on_four_devices_takes_the_same_first_step(whole: pathlib.Path, tmp_p
         assert four[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
 
 
+@pytest.mark.slow
 def test_rl_whose_rows_are_replaced_takes_the_same_first_step(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     rounds = (Round(name="only", steps=1, references=("policy",)),)
     training = small.rl_training(contexts=6, rollout_batch=8, optimizer=STOCHASTIC)
