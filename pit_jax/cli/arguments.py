@@ -219,7 +219,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="show Python's traceback with an error")
     group.add_argument(
         "--compilation_cache", default="auto", metavar="DIR",
-        help="where compiled programs are kept between runs; `off` for nowhere (default: the user's cache directory)",
+        help="where compiled programs are kept between runs; auto: the user's cache directory, off: nowhere"
+        " (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -318,6 +319,8 @@ def _add_convert(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) 
 
 def _add_plan(verb: Callable[[str, str, str, str], argparse.ArgumentParser]) -> None:
     parser = verb("plan", "say whether a recipe fits on a machine, without one", "pit_jax.cli.plan:plan", _PLAN_EXAMPLE)
+    # A program for a machine that is not there can be written to a cache, but not read back.
+    parser.set_defaults(compilation_cache="off")
     _add_gin(parser)
     parser.add_argument("--topology", required=True, metavar="MACHINE", help="what to plan for; see below")
     parser.add_argument("--slices", type=int, metavar="N", help="TPU slices (default: 1, or as MACHINE says)")

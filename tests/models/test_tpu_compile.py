@@ -45,6 +45,7 @@ def compiled(lm: ConditionalLM, mesh: Mesh, prompts: int, responses: int) -> jax
         return step.lower(params, x).compile()
 
 
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 def test_auto_compiles_to_kernels(devices: np.ndarray) -> None:
     mesh = Mesh(devices.reshape(1, 1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 4)
     lm = DecoderOnly(dataclasses.replace(tiny.WINDOWED, remat="full", dtype="bfloat16"))

@@ -14,7 +14,6 @@ RECIPE = (
     "--gin_file=recipes/demo.gin",
     "--topology=cpu:2",
     "--stage=sft_policy",
-    "--compilation_cache=off",
     "--gin.sft_policy/supervised.Training.batch_size=16",
 )
 
