@@ -148,11 +148,17 @@ def _diagnostics(
     logp: Float[Array, "B T"], old: Float[Array, "B T"], experience: Experience, mask: Bool[Array, "B T"]
 ) -> Metrics:
     ratio = jnp.exp(logp - old)
-    delta = jnp.abs(_constant(experience.logp_sampler, mask) - old)
-    return {
+    return sampler_delta(experience.logp_sampler, old, mask) | {
         "kl_old": metric.mean(kl.k3(old, logp), mask),
         "ratio/mean": metric.mean(ratio, mask),
         "ratio/square": metric.mean(jnp.square(ratio), mask),
+    }
+
+
+def sampler_delta(sampler: Float[Array, "B T"], trainer: Float[Array, "B T"], mask: Bool[Array, "B T"]) -> Metrics:
+    """Return mean and maximum over tokens of |logp of the sampler - logp of the trainer|, of the same parameters."""
+    delta = jnp.abs(_constant(sampler, mask) - _constant(trainer, mask))
+    return {
         "sampler_delta/mean": metric.mean(delta, mask),
         "sampler_delta/max": metric.scalar(jnp.max(delta)),
     }

@@ -29,6 +29,9 @@ class RlConfig:
     one_step_off: sample the answers of a step, from the second on, with the parameters before the last update, so that
       devices generate while the host prepares that update. The loss corrects for it (`PolicyLoss.truncation`, or
       PPO's ratio); the KL in the reward stays that of the parameters that sampled.
+    rescore: have the training graph say the samples' log-probabilities before the update. Without, the sampler's own
+      stand for them: the same parameters' up to rounding (also that of `cache_dtype`), and a forward pass less. Only
+      for one update on samples of the present parameters, which then compares the two.
     """
 
     estimator: Literal["rloo", "reinforce", "group", "ppo"] = "rloo"
@@ -45,6 +48,7 @@ class RlConfig:
     value_clip: float = 0.2
     policy: PolicyLoss = PolicyLoss()
     one_step_off: bool = False
+    rescore: bool = True
 
     def __post_init__(self) -> None:
         """Check ranges and that the parts fit together."""
@@ -59,6 +63,10 @@ class RlConfig:
             rule = f"be 'ppo_clip' for estimator {self.estimator!r} with {self.updates} updates per step"
             fix = "Set PolicyLoss.kind = 'ppo_clip', or one epoch of one minibatch with another estimator than 'ppo'."
             raise invalid("PolicyLoss.kind", self.policy.kind, rule, fix)
+        if not self.rescore and (self.updates > 1 or self.one_step_off):
+            why = "one_step_off" if self.one_step_off else f"{self.updates} updates per step"
+            fix = "Leave it out: these compare parameters, for which rounding must be the same."
+            raise invalid("RlConfig.rescore", False, f"be True with {why}", fix)
 
     def _check_ranges(self) -> None:
         at_least = {

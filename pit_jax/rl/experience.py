@@ -34,8 +34,9 @@ class Measured(NamedTuple):
     inputs: prompts are there N times, or X times where models are to compute them once.
 
     logp_sampler, logp_old, logp_anchor, values: as in `Experience` (`values` are 0 without a value head). `logp_old` is
-      of the parameters that sampled, one update older than the others with `RlConfig.one_step_off`.
-    entropy: of the token distributions under the old policy, nats.
+      of the parameters that sampled, one update older than the others with `RlConfig.one_step_off`; without
+      `RlConfig.rescore` it is `logp_sampler`.
+    entropy: of the token distributions under the old policy, nats; None without `rescore`.
     reward: what the reward model says, without KL or penalty; reference_reward: the same of the reference
       answer, R_P(x, y_w) or r_gap(y_ref, y_ref | x), so that the difference is the improvement.
     reference_length: tokens of that reference with its EOS.
@@ -47,7 +48,7 @@ class Measured(NamedTuple):
     logp_old: Float[Array, "N T"]
     logp_anchor: Float[Array, "N T"]
     values: Float[Array, "N T"]
-    entropy: Float[Array, "N T"]
+    entropy: Float[Array, "N T"] | None
     reward: Float[Array, " N"]
     reference_reward: Float[Array, " N"]
     reference_length: Float[Array, " N"]
@@ -169,29 +170,30 @@ def statistics(
     response, nats; kl/k3: the same with the k3 estimate, never negative. entropy: nats per token.
     length/mean, length/reference: tokens, EOS included. eos_rate: share of finished responses.
     advantage/mean, advantage/std: over tokens. reward_length_correlation: Pearson's, over responses.
-    sampler_delta/mean, sampler_delta/max: |logp of the sampler - logp of the trainer| over tokens.
+    sampler_delta/mean, sampler_delta/max: |logp of the sampler - logp of the trainer| over tokens. Without
+    `RlConfig.rescore` the update says these two and the entropy.
     """
     mask = measured.inputs.response_segments > 0
     length = jnp.sum(mask, axis=1).astype(jnp.float32)
     k1 = jnp.where(mask, kl.k1(measured.logp_old, measured.logp_anchor), 0.0)
     k3 = jnp.where(mask, kl.k3(measured.logp_old, measured.logp_anchor), 0.0)
-    delta = jnp.where(mask, jnp.abs(measured.logp_sampler - measured.logp_old), 0.0)
-    return {
+    rescored: Metrics = {}
+    if measured.entropy is not None:
+        rescored = {"entropy": metric.mean(measured.entropy, mask)}
+        rescored |= policy.sampler_delta(measured.logp_sampler, measured.logp_old, mask)
+    return rescored | {
         "reward/mean": metric.mean(reward),
         "reward/std": metric.scalar(jnp.std(reward)),
         "reward/with_kl": metric.mean(penalised),
         "gap/mean": metric.mean(measured.reward - measured.reference_reward),
         "kl/mean": metric.mean(jnp.sum(k1, axis=1)),
         "kl/k3": metric.mean(jnp.sum(k3, axis=1)),
-        "entropy": metric.mean(measured.entropy, mask),
         "length/mean": metric.mean(length),
         "length/reference": metric.mean(measured.reference_length),
         "eos_rate": metric.mean(measured.finished.astype(jnp.float32)),
         "advantage/mean": metric.mean(per_token, mask),
         "advantage/std": metric.scalar(_std(per_token, mask)),
         "reward_length_correlation": metric.scalar(_correlation(reward, length)),
-        "sampler_delta/mean": metric.mean(delta, mask),
-        "sampler_delta/max": metric.scalar(jnp.max(delta)),
     }
 
 
@@ -277,6 +279,9 @@ def _policy_objective(
 
     total, scores = summed_loss(lm, params, batch.inputs, per_token, policy.constants(batch))
     loss, metrics = policy.policy_gradient(scores.logp, batch, config.policy, scores.entropy)
+    if not config.rescore:
+        mask = batch.inputs.response_segments > 0
+        metrics |= policy.sampler_delta(batch.logp_sampler, jax.lax.stop_gradient(scores.logp), mask)
     return loss._replace(total=total), metrics
 
 

@@ -238,7 +238,7 @@ def _measured(run: PlannedRun, stage: Rl) -> Measured:
         logp_old=table,
         logp_anchor=table,
         values=table,
-        entropy=table,
+        entropy=table if stage.rl.rescore else None,
         reward=column,
         reference_reward=column,
         reference_length=column,

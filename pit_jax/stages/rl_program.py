@@ -93,13 +93,16 @@ class Parts:
 
 
 class Drawn(NamedTuple):
-    """A step's contexts and answers, and what the parameters that gave them say of each token."""
+    """A step's contexts and answers, and what the parameters that gave them say of each token.
+
+    logp: of the training graph or, without `RlConfig.rescore`, of the sampler, which says no entropy.
+    """
 
     met: list[Context]
     rolled: Rollout
     inputs: Conditional
     logp: Float[Array, "N T"]
-    entropy: Float[Array, "N T"]
+    entropy: Float[Array, "N T"] | None
 
     def to_json(self) -> dict[str, Any]:
         """Return all that cannot be made again once the parameters have changed; waits for it."""
@@ -204,6 +207,8 @@ class RlProgram:
         rolled = wait()
         self.phases.enter("score")
         inputs = self._placed(rolled)
+        if not parts.config.rescore:
+            return Drawn(met, rolled, inputs, put_batch(rolled.samples.logp, parts.mesh, row_axis=0), None)
         scores = in_turn(token_scores(parts.lm, self._lm_params(state), inputs, parts.micro_batches))
         return Drawn(met, rolled, inputs, scores.logp, scores.entropy)
 
@@ -259,7 +264,7 @@ class RlProgram:
         return codec.improver_prompt(*context) if self._parts.improver else codec.policy_prompt(context.prompt)
 
     def _measure(self, state: TrainState, drawn: Drawn, following: Begun | None) -> Measured:
-        """Return what is known of a step's samples; the devices have work while the host waits for rewards.
+        """Return what is known of a step's samples; the devices have work while the host prepares rewards.
 
         Args:
           state: before the update.
@@ -269,8 +274,9 @@ class RlProgram:
         parts, repeat = self._parts, self._parts.config.samples_per_prompt
         self.phases.enter("score")
         answered = [context for context in drawn.met for _ in range(repeat)]
-        rewards = self._rewards(drawn.met, drawn.rolled.responses)
+        # The anchor first: the devices are at work while the host prepares what the reward model reads.
         anchor = in_turn(token_scores(parts.lm, self._frozen.anchor, drawn.inputs, parts.micro_batches))
+        rewards = self._rewards(drawn.met, drawn.rolled.responses)
         values = jnp.zeros_like(drawn.logp)
         if parts.config.estimator == "ppo":
             values = in_turn(token_values(ValueModel(parts.lm), self._params(state), drawn.inputs, parts.micro_batches))
