@@ -100,6 +100,7 @@ def memory(lm: ConditionalLM, parts: int) -> int:
         return step.lower(params, x).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lm", "least"), [(GROUPED, 2.4), (EncoderDecoder(tiny.T5), 3.4)], ids=["rotary", "t5"])
 def test_intermediate_results_shrink_with_the_number_of_parts(lm: ConditionalLM, least: float) -> None:
     # Keys and values are whole everywhere. Where scores exist a block at a time, those are most of what is left.

@@ -25,8 +25,8 @@ def run(module: str, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("module", "kind"),
     [
-        ("rollout", "rollout"),
-        pytest.param("sft_step", "sft", marks=SLOW),
+        pytest.param("rollout", "rollout", marks=SLOW),
+        ("sft_step", "sft"),
         pytest.param("gap_step", "gap", marks=SLOW),
         pytest.param("rl_step", "rl", marks=SLOW),
     ],

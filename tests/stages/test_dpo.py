@@ -198,6 +198,7 @@ def _seen(tree: Any) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_training_raises_the_margin_and_resumes_exactly(
     whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

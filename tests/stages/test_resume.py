@@ -60,6 +60,7 @@ class Trouble:
         return wrapped
 
 
+@pytest.mark.slow
 def test_interrupted_pipeline_ends_as_the_uninterrupted_one(
     whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

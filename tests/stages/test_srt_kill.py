@@ -72,7 +72,8 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("share", [0.3, pytest.param(1.7, marks=pytest.mark.slow)], ids=["critiques", "scores"])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 1.7], ids=["critiques", "scores"])
 def test_after_kill_9_no_answered_question_is_asked_again(
     base: pathlib.Path, tmp_path: pathlib.Path, share: float
 ) -> None:

@@ -89,7 +89,8 @@ def _stage(kind: str, **changes: Any) -> Any:
     return small.sft("policy", **steps) if kind == "sft" else small.reward("gap", **steps)
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("reward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "reward"])
 def test_micro_batches_packing_and_devices_make_the_same_update(
     whole: pathlib.Path, tmp_path: pathlib.Path, kind: str
 ) -> None:
@@ -143,9 +144,14 @@ def test_rl_whose_rows_are_replaced_takes_the_same_first_step(whole: pathlib.Pat
 @pytest.mark.parametrize(
     "config",
     [
-        RlConfig(estimator="reinforce", samples_per_prompt=2),
+        pytest.param(RlConfig(estimator="reinforce", samples_per_prompt=2), marks=pytest.mark.slow),
         RlConfig(estimator="group", samples_per_prompt=2, whiten=True),
-        RlConfig(estimator="ppo", samples_per_prompt=2, epochs=2, minibatches=2, policy=PolicyLoss(kind="ppo_clip")),
+        pytest.param(
+            RlConfig(
+                estimator="ppo", samples_per_prompt=2, epochs=2, minibatches=2, policy=PolicyLoss(kind="ppo_clip")
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda config: config.estimator,
 )
@@ -185,6 +191,7 @@ def test_estimators_train_and_resume_exactly(
         jax.tree.map(np.testing.assert_array_equal, *params)
 
 
+@pytest.mark.slow
 def test_references_may_be_the_improvers_own(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     stage = dataclasses.replace(
         small.rl_improver(), rounds=IMPROVER, training=small.rl_training(judge_every=1),
