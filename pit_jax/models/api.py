@@ -58,11 +58,12 @@ class ConditionalLM(Protocol):
         ...
 
     def prefill(
-        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1, tried: int = 0
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits of the first new token, and a cache with room for `max_new` of them.
 
-        Each of X prompts is read once and has B / X = `samples` rows, one after the other.
+        Each of X prompts is read once and has B / X = `samples` rows, one after the other. With `tried`, the cache is
+        for `extend` with `tried` + 1 tokens at a time, of which rows keep different numbers.
         """
         ...
 
@@ -79,4 +80,16 @@ class ConditionalLM(Protocol):
 
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; at most `max_new` times."""
+        ...
+
+    def extend(self, params: Params, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q V"], Cache]:
+        """Try Q tokens after those of each row, and return the logits after each of them.
+
+        The cache that is returned must be told by `keep` how many of them each row keeps: a row that keeps fewer goes
+        on as if it had not tried the others. So `step` is `extend` by one token that all rows keep.
+        """
+        ...
+
+    def keep(self, cache: Cache, kept: Int[Array, " B"]) -> Cache:
+        """Return the cache that `extend` gave, with the first `kept` of its tokens for good."""
         ...

@@ -3,7 +3,9 @@
 The two lie apart, because the samples of one prompt share its keys and values: they are computed, kept and read once.
 
 A row's own tokens stand in a ring of slots. All rows write the same slot at a time, so that one slice is written in
-place, and how many of the slots before it are a row's own is a number a row: rows can begin at different times.
+place, and how many of the slots before it are a row's own is a number a row: rows can begin at different times. Where
+several tokens are tried at once (`decode.drafts`), of which each row keeps as many as it likes, every row has a slot of
+its own to go on from.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class Cache:
 
     prompt: keys and values of S slots. own: of a ring of T slots. places: position of each of a prompt's slots, `NEVER`
     at padding. first: position of the first token of a prompt's rows. count: tokens of each row. slot: the next slot
-    to be written, of all rows.
+    to be written, of all rows or, where they do not keep step, of each.
     """
 
     prompt: Stored
@@ -46,33 +48,30 @@ class Cache:
     places: Int[Array, "X S"]
     first: Int[Array, " X"]
     count: Int[Array, " B"]
-    slot: Int[Array, ""]
+    slot: Int[Array, "*B"]
 
-    @property
-    def here(self) -> Int[Array, "B 1"]:
-        """Position of each row's next token."""
-        return (self._per_row(self.first) + self.count)[:, None]
+    def here(self, new: int) -> Int[Array, "B Q"]:
+        """Return the positions of each row's `new` next tokens."""
+        return (self._per_row(self.first) + self.count)[:, None] + jnp.arange(new, dtype=jnp.int32)[None, :]
 
-    @property
-    def ages(self) -> Int[Array, "1 T"]:
-        """How many tokens ago each slot is written, once the next token is in its own."""
+    def ahead(self, new: int) -> Int[Array, "#B T"]:
+        """Return how far each slot is ahead of the next token's, once `new` tokens are written: 0 is that token's."""
         slots = _slots(self.own)
-        return ((self.slot - jnp.arange(slots, dtype=jnp.int32)) % slots)[None, :]
+        steps = jnp.arange(slots, dtype=jnp.int32)[None, :] - jnp.atleast_1d(self.slot)[:, None]
+        return (steps - new) % slots - (slots - new)
 
-    @property
-    def known(self) -> Bool[Array, "B T"]:
-        """Which slots hold tokens of the row, the next one included; others are empty, or a former row's."""
-        return self.ages <= self.count[:, None]
+    def known(self, new: int) -> Bool[Array, "B T"]:
+        """Return which slots hold tokens of the row, the new ones included; others are empty, or a former row's."""
+        return -self.ahead(new) <= self.count[:, None]
 
     @property
     def prompt_places(self) -> Int[Array, "B S"]:
         """Positions of the slots of each row's prompt."""
         return self._per_row(self.places)
 
-    @property
-    def own_places(self) -> Int[Array, "B T"]:
-        """Positions of each row's own slots."""
-        return jnp.where(self.known, self.here - self.ages, NEVER)
+    def own_places(self, new: int) -> Int[Array, "B T"]:
+        """Return the positions of each row's own slots, the new tokens' included."""
+        return jnp.where(self.known(new), self.here(1) + self.ahead(new), NEVER)
 
     def layers(self, windowed: np.ndarray) -> list[tuple] | tuple:
         """Return what each layer needs: its number, whether it has the window, and its part of the prompts."""
@@ -81,12 +80,15 @@ class Cache:
             return index, windowed, self.prompt
         return list(zip(index, windowed, self.prompt, strict=True))
 
-    def after(self, own: Stored) -> Cache:
-        """Return the cache with the next token's keys and values written, which `remember` has done."""
-        slots = _slots(own)
+    def keep(self, kept: Int[Array, " B"] | int) -> Cache:
+        """Return the cache that goes on after so many of the tokens which `remember` has written last.
+
+        Where all rows write the same slot they keep as many.
+        """
+        slots = _slots(self.own)
         # A row that goes on for longer than the ring, because nobody has replaced it, forgets its first tokens.
-        count = jnp.minimum(self.count + 1, slots - 1)
-        return dataclasses.replace(self, own=own, count=count, slot=(self.slot + 1) % slots)
+        count = jnp.minimum(self.count + kept, slots - 1)
+        return dataclasses.replace(self, count=count, slot=(self.slot + kept) % slots)
 
     def _per_row(self, x: Int[Array, "X ..."]) -> Int[Array, "B ..."]:
         return jnp.repeat(x, self.count.shape[0] // x.shape[0], axis=0)
@@ -99,6 +101,7 @@ def begin(
     *,
     samples: int,
     slots: int,
+    tried: int,
     config: ModelConfig,
 ) -> Cache:
     """Return a cache of prompts, each with `samples` rows that have no token yet.
@@ -109,11 +112,12 @@ def begin(
       first: position of the first token after each.
       samples: rows a prompt.
       slots: tokens a row.
+      tried: tokens that rows try beyond those they keep; with any, each has a slot of its own to go on from.
       config: whether a layer's keys and values are arrays of their own, and integers.
     """
     prompts, unused = places.shape[0], attending.slots(places.shape[1]) - places.shape[1]
     number, _, _, heads, width = known.keys.shape
-    shape = (prompts * samples, heads, attending.slots(slots), width)
+    shape = (prompts * samples, heads, attending.slots(slots + tried), width)
     apart, small = not config.scan_layers, config.cache_dtype == "int8"
     empty = jax.tree.map(_cut, _held(jnp.zeros(shape if apart else (number, *shape), known.keys.dtype), small))
     own = KeysValues(empty, empty)
@@ -123,26 +127,28 @@ def begin(
         places=jnp.pad(places, ((0, 0), (0, unused)), constant_values=NEVER),
         first=first,
         count=jnp.zeros(prompts * samples, jnp.int32),
-        slot=jnp.zeros((), jnp.int32),
+        slot=jnp.zeros((prompts * samples,) if tried else (), jnp.int32),
     )
 
 
-def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, ""]) -> tuple[Stored, KeysValues]:
-    """Return the rows' own keys and values with one slot of one layer written, and that layer's part.
+def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Array, "*B"]) -> tuple[Stored, KeysValues]:
+    """Return the rows' own keys and values with the next slots of one layer written, and that layer's part.
 
-    It is written in place in a loop that carries it.
+    They are written in place in a loop that carries them.
 
     Args:
       own: what is known of all layers.
-      new: keys and values of a token a row, `[B, 1, Kh, E]`.
+      new: keys and values of Q tokens a row, `[B, Q, Kh, E]`; Q is 1 where all rows write the same slot.
       layer: number of the layer; a concrete one where layers are apart.
-      slot: the slot.
+      slot: the first slot, of all rows or of each.
     """
     stacked = isinstance(own, KeysValues)
     parts = own if isinstance(own, KeysValues) else own[layer]
     token = KeysValues(*(_held(part.swapaxes(1, 2), isinstance(parts.keys, Small)) for part in new))
 
     def write(old: Array, one: Array) -> Array:
+        if slot.ndim:
+            return _cut(_write_rows(old, one, layer if stacked else None, slot))
         at = (layer, 0, 0, slot, 0) if stacked else (0, 0, slot, 0)
         return _cut(jax.lax.dynamic_update_slice(old, one[None] if stacked else one, at))
 
@@ -150,6 +156,22 @@ def remember(own: Stored, new: KeysValues, layer: Int[Array, ""], slot: Int[Arra
     if isinstance(own, KeysValues):
         return written, jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False), written)
     return (*own[: int(layer)], written, *own[int(layer) + 1 :]), written
+
+
+def _write_rows(
+    old: Float[Array, "*N B Kh T E"],
+    new: Float[Array, "B Kh Q E"],
+    layer: Int[Array, ""] | None,
+    slot: Int[Array, " B"],
+) -> Float[Array, "*N B Kh T E"]:
+    """Return keys or values with Q slots of each row written, from its own slot on."""
+    axis = old.ndim - 4
+
+    def write(old: Array, one: Array, slot: Array) -> Array:
+        at = (0, slot, 0) if layer is None else (layer, 0, slot, 0)
+        return jax.lax.dynamic_update_slice(old, one if layer is None else one[None], at)
+
+    return jax.vmap(write, in_axes=(axis, 0, 0), out_axes=axis)(old, new, slot)
 
 
 def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
@@ -160,9 +182,7 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
       new: of prompts of the same width, and of the same number of slots; it has R rows.
       rows: where each of them goes, a different number each; those beyond the last row are dropped.
     """
-    samples = new.count.shape[0] // new.first.shape[0]
-    # The newest token of every row stands one slot before the next.
-    shift = cache.slot - new.slot
+    samples, in_step = new.count.shape[0] // new.first.shape[0], cache.slot.ndim == 0
 
     def put(old: Array, value: Array) -> Array:
         axis = old.ndim - 4 if old.ndim >= 4 else 0
@@ -172,7 +192,8 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
         return _cut(put(old, jnp.repeat(value, samples, axis=value.ndim - 4)))
 
     def own(old: Array, value: Array) -> Array:
-        return _cut(put(old, jnp.roll(value, shift, axis=-2)))
+        # Where rows keep step, the newest token of every row stands one slot before the next.
+        return _cut(put(old, jnp.roll(value, cache.slot - new.slot, axis=-2) if in_step else value))
 
     return Cache(
         prompt=jax.tree.map(prompt, cache.prompt, new.prompt),
@@ -180,7 +201,7 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
         places=put(cache.places, jnp.repeat(new.places, samples, axis=0)),
         first=put(cache.first, jnp.repeat(new.first, samples, axis=0)),
         count=put(cache.count, new.count),
-        slot=cache.slot,
+        slot=cache.slot if in_step else put(cache.slot, new.slot),
     )
 
 

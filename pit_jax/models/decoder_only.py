@@ -284,10 +284,10 @@ class DecoderNet(nnx.Module):
         states, known = self._layers(body, embedded, inputs)
         return [self.final_norm(x) for x in states], known
 
-    def extend(self, cache: Cache, row: layers.Row) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the final states of one new token per row, and the cache that knows it."""
+    def extend(self, cache: Cache, row: layers.Row) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the final states of each row's next tokens, and the cache in which they are written."""
         here, window = row.positions, self.config.window
-        there = jnp.concatenate([cache.prompt_places, cache.own_places], axis=1)
+        there = jnp.concatenate([cache.prompt_places, cache.own_places(here.shape[1])], axis=1)
         seen = mask.causal(here, there)
         near = None if window is None else seen & mask.reach(here, there, window - 1, window - 1)
         view = self.view(attending.Masks(seen, near), here, there)
@@ -301,7 +301,7 @@ class DecoderNet(nnx.Module):
 
         scan, carry = self.config.scan_layers, (self.embed(row, None), cache.own)
         x, own = functional.walk_layers(self.layers, body, carry, cache.layers(self.config.windowed), scan=scan)
-        return self.final_norm(x)[:, 0], cache.after(own)
+        return self.final_norm(x), dataclasses.replace(cache, own=own)
 
     def _layers(self, body, carry, inputs):
         config = self.config
@@ -381,7 +381,7 @@ class DecoderOnly:
         return self._logits(net, states)
 
     def prefill(
-        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1, tried: int = 0
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits of the first new token of `samples` rows a prompt, and the cache.
 
@@ -398,7 +398,7 @@ class DecoderOnly:
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
         last = layers.gather(states, lengths[:, None] - 1)[:, 0]
         places = jnp.where(prompts.mask, row.positions, caches.NEVER)
-        cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, config=self.config)
+        cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, tried=tried, config=self.config)
         return jnp.repeat(self._logits(net, last), samples, axis=0), cache
 
     def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
@@ -411,13 +411,22 @@ class DecoderOnly:
 
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; the work is linear in the cache."""
-        net, positions = self._bind(params), cache.here
+        logits, cache = self.extend(params, cache, token[:, None])
+        return logits[:, 0], cache.keep(1)
+
+    def extend(self, params: Params, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q V"], Cache]:
+        """Try the next tokens of every row: return the logits after each, and a cache that can `keep` them."""
+        net, positions = self._bind(params), cache.here(tokens.shape[1])
         if self.config.max_positions is not None:
-            # Only rows that nobody reads any more can get there.
+            # Only tokens that nobody reads any more can get there.
             positions = jnp.minimum(positions, self.config.max_positions - 1)
-        row = layers.Row(token[:, None], jnp.ones_like(positions), positions, jnp.full_like(positions, layers.RESPONSE))
-        state, cache = net.extend(cache, row)
-        return self._logits(net, state), cache
+        row = layers.Row(tokens, jnp.ones_like(positions), positions, jnp.full_like(positions, layers.RESPONSE))
+        states, cache = net.extend(cache, row)
+        return self._logits(net, states), cache
+
+    def keep(self, cache: Cache, kept: Int[Array, " B"]) -> Cache:
+        """Return the cache that goes on after so many of the tokens that each row has tried."""
+        return cache.keep(kept)
 
     def _bind(self, params: Params) -> DecoderNet:
         return functional.bind(DecoderNet, self.config, params)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from pit_jax.models import attending, caches, functional, layers, sharing
 from pit_jax.models.caches import Cache
 from pit_jax.models.seq2seq import Seq2Seq, Seq2SeqConfig
-from pit_jax.ops import relative_bias
+from pit_jax.ops import mask, relative_bias
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding.rules import constrain
 
@@ -127,11 +127,13 @@ class Stack(nnx.Module):
 
         return self.each(body, None, None)[1]
 
-    def extend(self, cache: Cache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the final states of one new token per row, and the cache that knows it."""
-        # Differences of positions are ages of slots, the same in all rows: one bias serves them.
-        scene = attending.Masks(cache.known[:, None, None, :])
-        bias = self.bias(jnp.zeros((1, 1), jnp.int32), -cache.ages)
+    def extend(self, cache: Cache, x: Float[Array, "B Q D"]) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the final states of each row's next tokens, and the cache in which they are written."""
+        new = x.shape[1]
+        # Places are counted from the next token. Where rows keep step they are the same in all: one bias serves them.
+        here, there = jnp.arange(new, dtype=jnp.int32)[None, :], cache.ahead(new)
+        scene = attending.Masks(cache.known(new)[:, None, None, :] & mask.causal(here, there))
+        bias = self.bias(here, there)
         across = layers.Sight(attending.Masks((cache.prompt_places < caches.NEVER)[:, None, None, :]))
 
         def body(block: layers.Block, carry: tuple, layer: tuple) -> tuple:
@@ -143,7 +145,7 @@ class Stack(nnx.Module):
 
         scan, parts = self.config.scan_layers, cache.layers(np.zeros(self.count, bool))
         x, own = functional.walk_layers(self.layers, body, (x, cache.own), parts, scan=scan)
-        return self.final_norm(x)[:, 0], cache.after(own)
+        return self.final_norm(x), dataclasses.replace(cache, own=own)
 
     def each(self, body, carry, inputs):
         """Call `body` for each layer."""
@@ -202,8 +204,8 @@ class EncoderDecoderNet(nnx.Module):
         """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, H, E]`."""
         return self.decoder.prompt_memory(encoded)
 
-    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the states of one new token per row, and the cache that knows it."""
+    def extend(self, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the states of each row's next tokens, and the cache in which they are written."""
         # The decoder knows places by relative bias alone; segments and positions are the cache's business here.
         row = layers.Row(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens), jnp.full_like(tokens, layers.RESPONSE))
         return self.decoder.extend(cache, self.embed(row, None))

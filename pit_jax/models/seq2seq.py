@@ -78,8 +78,8 @@ class Seq2SeqNet(Protocol):
         """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, Kh, E]`."""
         ...
 
-    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the states of one new token per row, and the cache that knows it; the encoder's are its prompts."""
+    def extend(self, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the states of each row's next tokens, and the cache with them; the encoder's are its prompts."""
         ...
 
 
@@ -158,7 +158,7 @@ class Seq2Seq:
         return self._logits(net, net.decode(prompt, encoded, inputs, None))
 
     def prefill(
-        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1, tried: int = 0
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Return the logits of the first new token of `samples` rows a prompt, and the cache."""
         net, mask = self._bind(params), prompts.mask
@@ -166,7 +166,8 @@ class Seq2Seq:
         known, places = net.recall(net.encode(row, None)), jnp.where(mask, 0, caches.NEVER)
         first = jnp.zeros(mask.shape[0], jnp.int32)
         # One slot more than new tokens: the start token takes the first.
-        cache = caches.begin(known, places, first, samples=samples, slots=max_new + 1, config=self.config)
+        slots = max_new + 1
+        cache = caches.begin(known, places, first, samples=samples, slots=slots, tried=tried, config=self.config)
         return self.step(params, cache, jnp.full(cache.count.shape, self.config.start_id, jnp.int32))
 
     def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
@@ -179,9 +180,18 @@ class Seq2Seq:
 
     def step(self, params: Params, cache: Cache, token: Int[Array, " B"]) -> tuple[Float[Array, "B V"], Cache]:
         """Append one token to every row and return the logits of the next; the work is linear in the cache."""
+        logits, cache = self.extend(params, cache, token[:, None])
+        return logits[:, 0], cache.keep(1)
+
+    def extend(self, params: Params, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q V"], Cache]:
+        """Try the next tokens of every row: return the logits after each, and a cache that can `keep` them."""
         net = self._bind(params)
-        state, cache = net.extend(cache, token[:, None])
-        return self._logits(net, state), cache
+        states, cache = net.extend(cache, tokens)
+        return self._logits(net, states), cache
+
+    def keep(self, cache: Cache, kept: Int[Array, " B"]) -> Cache:
+        """Return the cache that goes on after so many of the tokens that each row has tried."""
+        return cache.keep(kept)
 
     def _bind(self, params: Params) -> Seq2SeqNet:
         return functional.bind(self.net, self.config, params)

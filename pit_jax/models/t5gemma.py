@@ -242,9 +242,10 @@ class Stack(nnx.Module):
 
         return self.each(body, None, None)[1]
 
-    def extend(self, cache: Cache, x: Float[Array, "B 1 D"]) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the final states of one new token per row, and the cache that knows it."""
-        merged, here, there = self.config.merged_attention, cache.here, cache.own_places
+    def extend(self, cache: Cache, x: Float[Array, "B Q D"]) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the final states of each row's next tokens, and the cache in which they are written."""
+        merged, new = self.config.merged_attention, x.shape[1]
+        here, there = cache.here(new), cache.own_places(new)
         prompt_mask = (cache.prompt_places < caches.NEVER)[:, None, None, :]
         seen = mask.causal(here, there)
         near = None if self.reach is None else seen & mask.reach(here, there, *self.reach)
@@ -262,7 +263,7 @@ class Stack(nnx.Module):
 
         scan, parts = self.config.scan_layers, cache.layers(self.windowed)
         x, own = functional.walk_layers(self.layers, body, (x, cache.own), parts, scan=scan)
-        return self.final_norm(x)[:, 0], cache.after(own)
+        return self.final_norm(x), dataclasses.replace(cache, own=own)
 
     def each(self, body, carry, inputs):
         """Call `body` for each layer."""
@@ -270,9 +271,9 @@ class Stack(nnx.Module):
         return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
 
 
-def _beside(prompt: Bool[Array, "B 1 1 S"], own: Bool[Array, "B 1 1 K"]) -> Bool[Array, "B 1 1 S+K"]:
+def _beside(prompt: Bool[Array, "B 1 1 S"], own: Bool[Array, "B 1 Q K"]) -> Bool[Array, "B 1 Q S+K"]:
     """Return the mask of queries that see the encoder's states beside their own stack's, and before them."""
-    return jnp.concatenate([prompt, own], axis=3)
+    return jnp.concatenate([jnp.broadcast_to(prompt, (*own.shape[:3], prompt.shape[3])), own], axis=3)
 
 
 class T5GemmaNet(nnx.Module):
@@ -327,8 +328,8 @@ class T5GemmaNet(nnx.Module):
         """Return every decoder layer's keys and values of the encoder's states, `[N, B, S, Kh, E]`."""
         return self.decoder.prompt_memory(encoded)
 
-    def extend(self, cache: Cache, tokens: Int[Array, "B 1"]) -> tuple[Float[Array, "B D"], Cache]:
-        """Return the states of one new token per row, and the cache that knows it."""
+    def extend(self, cache: Cache, tokens: Int[Array, "B Q"]) -> tuple[Float[Array, "B Q D"], Cache]:
+        """Return the states of each row's next tokens, and the cache in which they are written."""
         # Segments and positions are the cache's business here.
         row = layers.Row(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens), jnp.full_like(tokens, layers.RESPONSE))
         return self.decoder.extend(cache, self.embed(self.embedding, row, None))

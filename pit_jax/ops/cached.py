@@ -55,7 +55,7 @@ def attend(
     query: Float[Array, "B Q H E"],
     pieces: Sequence[Piece],
     *,
-    mask: Bool[Array, "#B 1 Q K"],
+    mask: Bool[Array, "#B 1 #Q K"],
     bias: Float[Array, "#B H Q K"] | None,
     scale: float,
     softcap: float | None,
@@ -68,7 +68,7 @@ def attend(
     Args:
       query: `[B, Q, H, E]`.
       pieces: keys and values; their numbers of keys add up to K.
-      mask: `[B | 1, 1, Q, K]`, true where the query may look; where it may not look anywhere, it finds zeros.
+      mask: `[B | 1, 1, Q | 1, K]`, true where the query may look; where it may not look anywhere, it finds zeros.
       bias: `[B | 1, H, Q, K]`, added after the soft-cap.
       scale: factor of the dot products.
       softcap: bound of the scores' magnitude.

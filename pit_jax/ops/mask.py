@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
-def causal(q_positions: Int[Array, "B Q"], k_positions: Int[Array, "B K"]) -> Bool[Array, "B 1 Q K"]:
+def causal(q_positions: Int[Array, "#B Q"], k_positions: Int[Array, "#B K"]) -> Bool[Array, "#B 1 Q K"]:
     """Let a query see the keys at its own position and before."""
     return k_positions[:, None, None, :] <= q_positions[:, None, :, None]
 
