@@ -84,12 +84,17 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Sampled responses. `mask` covers every generated token, EOS included; tokens after it are padding."""
+    """Sampled responses. `mask` covers every generated token, EOS included; tokens after it are padding.
+
+    passes: passes of the model that each took after the prompt's, where tokens were drafted; None where they were not,
+    and each token but the first took one.
+    """
 
     tokens: Int[Array, "B T"]
     mask: Bool[Array, "B T"]
     logp: Float[Array, "B T"]
     finished: Bool[Array, " B"]
+    passes: Int[Array, " B"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -209,6 +209,7 @@ class Sampler:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             draws=sampling.draws,
+            draft_tokens=sampling.draft_tokens,
             max_new=self.max_new,
             eos_ids=tuple(self.eos_ids),
             pad_id=self.pad_id,

@@ -26,12 +26,18 @@ class Sampling:
     draws: "gumbel" adds noise to every logit; "inverse" inverts the distribution function, with two random numbers a
       token in the place of V. Both draw from the same distribution, but other samples from the same keys. On a CPU the
       second takes a third of the time (8,192 tokens), which is little beside the model's own.
+    draft_tokens: tokens that are guessed and checked in one pass of the model (`decode.drafts`); 0 guesses none. The
+      samples are the same. A guess is what follows in the prompt, in a marked reference above all, or in the answer
+      itself. It pays where answers repeat these and a pass takes as long for a few tokens as for one: on accelerators,
+      which read all parameters and the cache in each pass, with batches that do not keep their arithmetic busy. It does
+      not where answers are new texts (a policy's), or where arithmetic is what takes the time: large batches on CPUs.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     draws: str = "gumbel"
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -43,6 +49,8 @@ class Sampling:
             raise invalid("Sampling.top_k", self.top_k, "be >= 0", "Use 0 to switch top-k off.")
         if not 0.0 < self.top_p <= 1.0:
             raise invalid("Sampling.top_p", self.top_p, "be in (0, 1]", "Use 1 to switch top-p off.")
+        if self.draft_tokens < 0:
+            raise invalid("Sampling.draft_tokens", self.draft_tokens, "be >= 0", "Use 0 to guess no tokens.")
 
 
 def keep_top_k(logits: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:

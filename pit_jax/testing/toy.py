@@ -46,7 +46,9 @@ class ToyLM:
         index = jnp.sum(mask, axis=1) - 1
         return jnp.take_along_axis(tokens, index[:, None], axis=1)[:, 0]
 
-    def prefill(self, params: Params, prompts: Prompts, max_new: int, samples: int = 1) -> tuple[jax.Array, ToyCache]:
+    def prefill(
+        self, params: Params, prompts: Prompts, max_new: int, samples: int = 1, tried: int = 0
+    ) -> tuple[jax.Array, ToyCache]:
         """Return the logits of the first response token and the cache, for `samples` rows a prompt."""
         context = self._context(params, prompts.tokens, prompts.mask)
         logits = params["table"][self._last(prompts.tokens, prompts.mask)] + context
@@ -63,6 +65,14 @@ class ToyLM:
     def step(self, params: Params, cache: ToyCache, token: jax.Array) -> tuple[jax.Array, ToyCache]:
         """Return the logits after `token`."""
         return params["table"][token] + cache.context, cache
+
+    def extend(self, params: Params, cache: ToyCache, tokens: jax.Array) -> tuple[jax.Array, ToyCache]:
+        """Return the logits after each token; the cache knows nothing of them."""
+        return params["table"][tokens] + cache.context[:, None, :], cache
+
+    def keep(self, cache: ToyCache, kept: jax.Array) -> ToyCache:
+        """Return the cache."""
+        return cache
 
     def predictors(self, params: Params, x: Conditional, key: jax.Array | None = None) -> jax.Array:
         """Return the logits of every response token, which are the states of this model."""

@@ -117,9 +117,9 @@ def test_one_compiled_program_serves_all_iterations() -> None:
     traces = []
 
     class CountingLM(ToyLM):
-        def prefill(self, params, prompts, max_new, samples=1):  # noqa: ANN001, ANN202
+        def prefill(self, params, prompts, max_new, samples=1, tried=0):  # noqa: ANN001, ANN202
             traces.append((*prompts.tokens.shape, samples))
-            return super().prefill(params, prompts, max_new, samples)
+            return super().prefill(params, prompts, max_new, samples, tried)
 
     sampler = dataclasses.replace(_sampler("improver"), lm=CountingLM())
     rows = _improve(Improve(iterations=4, candidates=3), improver=functools.partial(sampler.answer, IMPROVER))
