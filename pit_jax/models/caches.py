@@ -164,14 +164,22 @@ def _write_rows(
     layer: Int[Array, ""] | None,
     slot: Int[Array, " B"],
 ) -> Float[Array, "*N B Kh T E"]:
-    """Return keys or values with Q slots of each row written, from its own slot on."""
-    axis = old.ndim - 4
+    """Return keys or values with Q slots of each row written, from its own slot on.
 
-    def write(old: Array, one: Array, slot: Array) -> Array:
-        at = (0, slot, 0) if layer is None else (layer, 0, slot, 0)
-        return jax.lax.dynamic_update_slice(old, one if layer is None else one[None], at)
-
-    return jax.vmap(write, in_axes=(axis, 0, 0), out_axes=axis)(old, new, slot)
+    A scatter whose rows are a batch stays on each device, and in place; `vmap` would move the layers' axis for it.
+    """
+    stacked = layer is not None
+    index = slot[:, None] if layer is None else jnp.stack([jnp.broadcast_to(layer, slot.shape), slot], axis=1)
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,) if stacked else (),
+        scatter_dims_to_operand_dims=(0, 3) if stacked else (2,),
+        operand_batching_dims=(1,) if stacked else (0,),
+        scatter_indices_batching_dims=(0,),
+    )
+    # Rows have room for all that they try (`begin`).
+    mode = jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return jax.lax.scatter(old, index, new, numbers, unique_indices=True, mode=mode)
 
 
 def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
