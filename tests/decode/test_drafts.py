@@ -82,6 +82,7 @@ def test_samples_are_those_without_drafts(drafted: int) -> None:
         plain, quick = (_sampler(TOY, k, batch_size=64, sampling=sampling) for k in (0, drafted))
         expected, found = (one.sample(PARAMS, prompts, keys) for one in (plain, quick))
         _assert_same(found, expected)
+        assert found.passes is not None
         saved.append(expected.mask.sum() - 48 - found.passes.sum())
     assert min(saved) > 0, "some drafts are right"
 
@@ -95,7 +96,9 @@ def test_every_family_says_the_same(name: str) -> None:
         expected, found = (_sampler(lm, k, **change).sample(params, prompts, keys) for k in (0, 3))
         _assert_same(found, expected)
         if temperature == 0.0:
-            assert found.passes.sum() < expected.mask.sum() - 8, "what is most likely repeats itself"
+            assert found.passes is not None and found.passes.sum() < expected.mask.sum() - 8, (
+                "what is most likely repeats itself"
+            )
         else:
             assert len(set(expected.mask.sum(-1).tolist())) > 2, "rows end at different times"
 
