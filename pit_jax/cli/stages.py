@@ -109,6 +109,7 @@ def improve(args: argparse.Namespace) -> None:
         seed=args.seed,
         on_bad_record=args.on_bad_record,
         chat=args.chat,
+        draft_tokens=args.draft_tokens,
     )
     if request.input is None:
         improve_typed(request)

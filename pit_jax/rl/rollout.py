@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from pit_jax.core.metric import Metric, Metrics
 from pit_jax.core.rng import key_for
 from pit_jax.core.types import Conditional, Params, Prompts, Samples
 from pit_jax.decode.batches import Response, Sampler, responses, row_keys, with_samples
@@ -55,6 +56,17 @@ def begin_rollout(
     prompts = rows_to_prompts(rows, sampler.width, sampler.pad_id)
     samples = sampler.begin(params, prompts, keys)
     return lambda: Rollout(repeated(prompts, samples_per_prompt), samples())
+
+
+def per_pass(samples: Samples) -> Metrics:
+    """Return how many tokens a pass of the model gave on average, where tokens were drafted; 1 is none for a draft.
+
+    The first tokens, which come with the prompts' passes, do not count.
+    """
+    if samples.passes is None:
+        return {}
+    later = np.sum(samples.mask) - len(samples.mask)
+    return {"tokens_per_pass": Metric(np.float32(later), np.float32(np.sum(samples.passes)))}
 
 
 def repeated(prompts: Prompts, samples_per_prompt: int) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -64,8 +65,13 @@ def make_scorer(
 
 
 def sampler(run: Run, kind: Literal["policy", "improver"], sampling: Sampling, batch_size: int) -> Sampler:
-    """Return what answers prompts of a kind with the run's network."""
+    """Return what answers prompts of a kind with the run's network; an improver's answers are drafted.
+
+    A policy has nothing to repeat.
+    """
     rows, portions = shared_out(run.mesh, batch_size), run.experiment.portions
+    if kind == "improver":
+        sampling = dataclasses.replace(sampling, draft_tokens=run.experiment.draft_tokens)
     return make_sampler(run.lm, run.codec, kind, sampling, rows, run.mesh, portions=portions)
 
 

@@ -64,8 +64,8 @@ def _order(run: epath.Path) -> list[str]:
 
 HARMLESS = frozenset(
     {"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep", "keep_best"}
-    # Whether prompts are computed once for their responses, and whether rows that have ended are replaced.
-    | {"share_prompts", "portions"}
+    # Whether prompts are computed once for their responses, rows that have ended are replaced, tokens are drafted.
+    | {"share_prompts", "portions", "draft_tokens"}
     # How patiently an endpoint is asked and what it may cost (evaluation/endpoint_config.py), not what it is asked.
     | {"limits", "budget", "key_env"}
 )

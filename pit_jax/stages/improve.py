@@ -35,6 +35,8 @@ from pit_jax.text.hf_tokenizer import HuggingFaceTokenizer
 _LOG = logging.getLogger(__name__)
 _BATCH = 64
 _PORTIONS = 4
+_NOT_IN_ROWS = ("input", "output", "on_bad_record", "draft_tokens")
+"""Of a request, what changes no row, so that another command can go on with other values."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Request:
     on_bad_record: whether a bad line stops or is skipped.
     chat: a prompt that is a text is what a user says, not a whole prompt. Runs whose prompts are written by a chat
       template take it so anyway.
+    draft_tokens: tokens guessed from the response and checked at once (`decode.sampling.Sampling`); None for as many as
+      the run's `Experiment.draft_tokens`. Answers are the same.
     """
 
     checkpoint: str
@@ -76,18 +80,20 @@ class Request:
     seed: int = 0
     on_bad_record: OnBadRecord = "fail"
     chat: bool = False
+    draft_tokens: int | None = None
 
 
 class Improver:
     """The improver of a run with its gap model and its policy, found from one directory."""
 
-    def __init__(self, checkpoint: str) -> None:
+    def __init__(self, checkpoint: str, draft_tokens: int | None = None) -> None:
         place, self._snapshot = (checkpoint, None) if epath.Path(checkpoint).exists() else split_reference(checkpoint)
         self.artifact = _improver(epath.Path(place))
         self._bases: dict[str, Params] = {}
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
         self.mesh, self.rules = _layout(self._run)
+        self._drafted = _experiment(self._run).get("draft_tokens", 0) if draft_tokens is None else draft_tokens
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
         self.gap, _ = self._named(stage.get("reward")) or self._found("reward", "gap")
         self.policy, self._policy_snapshot = self._named(stage.get("policy")) or self._found("rl", "policy")
@@ -149,7 +155,7 @@ class Improver:
         """Return what answers policy or improver prompts, `rows` at a time."""
         # The two can differ in their adapters: the policy may be the base of the improver's.
         artifact = self.policy if kind == "policy" and self.policy is not None else self.artifact
-        sampling = Sampling(temperature=temperature)
+        sampling = Sampling(temperature=temperature, draft_tokens=self._drafted if kind == "improver" else 0)
         return answering.make_sampler(artifact.lm, self.codec, kind, sampling, self._rows(rows), self.mesh)
 
     def originals(
@@ -193,7 +199,7 @@ class Session:
             margin=request.margin,
         )
         self.request, self._rows = request, rows
-        self.improver = Improver(request.checkpoint)
+        self.improver = Improver(request.checkpoint, request.draft_tokens)
         self._done = self._written = 0
 
     @property
@@ -206,7 +212,7 @@ class Session:
         asked = dataclasses.asdict(self.request)
         stages = (self.improver.artifact, self.improver.gap, self.improver.policy)
         manifests = [None if stage is None else stage.manifest for stage in stages]
-        kept = {name: asked[name] for name in asked if name not in ("input", "output", "on_bad_record")}
+        kept = {name: asked[name] for name in asked if name not in _NOT_IN_ROWS}
         return kept | {"models": files.json_hash(manifests)}
 
     def draft(self, raw: Mapping[str, object]) -> Draft:
@@ -359,13 +365,18 @@ def _draft(raw: Mapping[str, object], chat: Chat, *, as_message: bool) -> Draft:
 
 def _layout(run: epath.Path) -> tuple[Mesh, rules.Rules]:
     """Return the run's own mesh and rules where it fits the devices there are, else all devices, each with its rows."""
-    recorded = files.read_json(run / RUN)["experiment"]["mesh"] if (run / RUN).exists() else None
+    recorded = _experiment(run).get("mesh")
     config = MeshConfig() if recorded is None else serialize.from_json(recorded)
     assert isinstance(config, MeshConfig)
     try:
         return make_mesh(config), config.rules
     except ConfigError:
         return make_mesh(MeshConfig()), MeshConfig().rules
+
+
+def _experiment(run: epath.Path) -> dict[str, Any]:
+    """Return a run's experiment as it is recorded, empty where nothing is."""
+    return files.read_json(run / RUN)["experiment"] if (run / RUN).exists() else {}
 
 
 def _improver(directory: epath.Path) -> Artifact:

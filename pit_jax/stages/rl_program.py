@@ -30,7 +30,7 @@ from pit_jax.rl import monitor, reward
 from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Context, Curriculum, contexts, records_per_step
 from pit_jax.rl.experience import Baseline, Measured, batches, build, token_scores, token_values
-from pit_jax.rl.rollout import Rollout, begin_rollout, repeated, rollout, rollout_keys
+from pit_jax.rl.rollout import Rollout, begin_rollout, per_pass, repeated, rollout, rollout_keys
 from pit_jax.sharding.place import fetch, in_turn, put_batch
 from pit_jax.stages.supervised import count_tokens
 from pit_jax.text.codec import Codec, PromptRow, rows_to_prompts
@@ -106,7 +106,8 @@ class Drawn(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Return all that cannot be made again once the parameters have changed; waits for it."""
-        arrays = dataclasses.asdict(self.rolled.samples) | fetch({"old": self.logp, "entropy": self.entropy})
+        samples = {name: part for name, part in vars(self.rolled.samples).items() if part is not None}
+        arrays = samples | fetch({"old": self.logp, "entropy": self.entropy})
         met = [[[int(token) for token in ids] for ids in context] for context in self.met]
         return {"met": met, "arrays": {name: array_to_json(array) for name, array in arrays.items()}}
 
@@ -154,7 +155,7 @@ class RlProgram:
         logged = {name: _sum([update[name] for update in updates]) for name in updates[0]} | stats
         logged |= self._watch(stats, state, step)
         logged[TOKENS] = Metric(np.float32(count_tokens(drawn.rolled.inputs)), np.float32(1))
-        return state, logged
+        return state, logged | per_pass(drawn.rolled.samples)
 
     def keep_snapshot(self, state: TrainState, step: int) -> None:
         """Save what is trained for good if `step` updates are one of the points that are kept."""

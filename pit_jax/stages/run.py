@@ -95,6 +95,8 @@ class Experiment:
     portions: continuous batching of the stages' samplers (`decode.batches.Sampler`): where a sampler has more prompts
     than rows, rows that have ended are replaced, in so many portions of a batch; 0 for whole batches. The samples are
     the same.
+    draft_tokens: what the improver will say next is guessed from the reference in its prompt, so many tokens at a time,
+    and checked in one pass (`decode.sampling.Sampling`, which says when it pays); 0 for none. The samples are the same.
     """
 
     model: ModelConfig
@@ -106,6 +108,7 @@ class Experiment:
     judge: str | None = None
     adapters: Adapters | None = None
     portions: int = 0
+    draft_tokens: int = 0
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -113,8 +116,10 @@ class Experiment:
         """Accept lengths as the mapping T5X users write.
 
         Raises:
-          ConfigError: the mapping has other keys, adapters are set where they do not belong, or portions are negative.
+          ConfigError: the mapping has other keys, adapters are set where they do not belong, or a number is negative.
         """
+        if self.draft_tokens < 0:
+            raise invalid("Experiment.draft_tokens", self.draft_tokens, "be at least 0", "Use 0 to guess no tokens.")
         if self.portions < 0:
             raise invalid("Experiment.portions", self.portions, "be at least 0", "Use 0 for whole batches.")
         if self.model.lora is not None:

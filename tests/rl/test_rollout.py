@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -9,7 +11,7 @@ from pit_jax.decode.batches import Response, Sampler, Scorer
 from pit_jax.decode.sampling import Sampling
 from pit_jax.rl.curriculum import Context
 from pit_jax.rl.reward import gap_reward, policy_reward
-from pit_jax.rl.rollout import rollout, rollout_keys
+from pit_jax.rl.rollout import per_pass, rollout, rollout_keys
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM, ToyReward, toy_codec, worth
 
 LM = ToyLM()
@@ -59,3 +61,14 @@ def test_rewards_read_prompt_reference_and_answer() -> None:
     zero = [value[[5, 3, EOS]].mean() - value[[5, 3]].mean(), value[[4, EOS]].mean() - value[4]]
     references = [Response(context.reference, finished=True) for context in contexts]
     np.testing.assert_allclose(gap_reward(SCORER, WORTH, CODEC, contexts, references)(), zero, rtol=1e-5)
+
+
+def test_tokens_a_pass_are_counted_where_they_are_drafted() -> None:
+    plain = rollout(SAMPLER, PARAMS, ROWS, 3, rollout_keys(0, 2, 9)).samples
+    assert per_pass(plain) == {}
+    drafting = dataclasses.replace(SAMPLER, sampling=Sampling(draft_tokens=2))
+    drafted = rollout(drafting, PARAMS, ROWS, 3, rollout_keys(0, 2, 9)).samples
+    np.testing.assert_array_equal(drafted.tokens, plain.tokens)
+    found = per_pass(drafted)["tokens_per_pass"]
+    assert found.total == plain.mask.sum() - 9 and drafted.passes is not None
+    assert found.weight == drafted.passes.sum() <= found.total

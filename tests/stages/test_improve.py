@@ -57,6 +57,14 @@ def test_every_line_is_answered_and_the_accept_rule_holds(whole: pathlib.Path, d
         assert row["changed"] == (row["improved"] != row["response"]) or accepted
 
 
+def test_drafted_tokens_change_no_row(whole: pathlib.Path, drafts: pathlib.Path) -> None:
+    rows = _improved(whole, drafts, candidates=2, iterations=2)
+    assert _improved(whole, drafts, candidates=2, iterations=2, draft_tokens=3) == rows
+    assert Improver(str(whole), 3).sampler("improver", 1.0).sampling.draft_tokens == 3
+    assert Improver(str(whole), 3).sampler("policy", 1.0).sampling.draft_tokens == 0
+    assert Improver(str(whole)).sampler("improver", 1.0).sampling.draft_tokens == 0
+
+
 def test_missing_responses_are_written_by_the_policy_of_the_improver(whole: pathlib.Path, drafts: pathlib.Path) -> None:
     improver = Improver(str(whole))
     assert improver.artifact.directory.name == "rl_improver"

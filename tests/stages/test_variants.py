@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from pit_jax.core.rng import key_for
 from pit_jax.core.types import Comparisons
 from pit_jax.data.collate import collator_for
 from pit_jax.data.pack import Packing
+from pit_jax.decode.sampling import Sampling
 from pit_jax.losses.policy import PolicyLoss
 from pit_jax.models.heads import ScalarModel
 from pit_jax.rl.config import RlConfig
@@ -23,6 +24,7 @@ from pit_jax.rl.curriculum import Round
 from pit_jax.rl.monitor import MonitorConfig
 from pit_jax.sharding.mesh import MeshConfig
 from pit_jax.sharding.place import put_batch
+from pit_jax.stages import answering
 from pit_jax.stages.reward import comparison_objective
 from pit_jax.stages.run import Run
 from pit_jax.stages.sft import likelihood
@@ -139,6 +141,34 @@ def test_rl_whose_rows_are_replaced_takes_the_same_first_step(whole: pathlib.Pat
     assert replaced.keys() == plain.keys()
     for key in plain.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
         assert replaced[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_rl_whose_answers_are_drafted_takes_the_same_first_step(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    rounds = (Round(name="only", steps=1, references=("improver",)),)
+    training = small.rl_training(contexts=6, rollout_batch=8, optimizer=STOCHASTIC)
+    stage = dataclasses.replace(small.rl_improver(), rounds=rounds, training=training)
+    runs = [small.alone(whole, tmp_path / str(count), stage, draft_tokens=count) for count in (0, 3)]
+    plain, drafted = (small.records(r.directory, "rl_improver", "train")[0] for r in runs)
+    assert drafted.keys() - plain.keys() == {"tokens_per_pass"} and plain.keys() <= drafted.keys()
+    assert drafted["tokens_per_pass"] >= 1.0
+    for key in plain.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
+        assert drafted[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), key
+    # How many tokens are drafted may change while a run is under way.
+    run = small.alone(whole, tmp_path / "0", stage, draft_tokens=2)
+    assert small.records(run.directory, "rl_improver", "train")[0] == plain
+
+
+def test_only_improvers_draft(run: Run, whole: pathlib.Path) -> None:
+    with small.devices(1):
+        drafting = Run(str(whole), 0, small.experiment(draft_tokens=3))
+    kinds: tuple[Literal["policy", "improver"], ...] = ("policy", "improver")
+    for opened, expected in ((run, [0, 0]), (drafting, [0, 3])):
+        samplers = [answering.sampler(opened, kind, Sampling(temperature=0.5), 8) for kind in kinds]
+        assert [sampler.sampling.draft_tokens for sampler in samplers] == expected
+        assert {sampler.sampling.temperature for sampler in samplers} == {0.5}
+    with pytest.raises(ConfigError, match=r"Experiment\.draft_tokens = -1"):
+        small.experiment(draft_tokens=-1)
 
 
 @pytest.mark.parametrize(
