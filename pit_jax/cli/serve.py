@@ -44,6 +44,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--patience", type=float, default=0.5, metavar="SECONDS",
         help="for which fewer rows than are under way wait for more (default: 0.5)",
     )  # fmt: skip
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="N",
+        help="that are guessed from what is improved and checked at once: the same answers (default: as the run's)",
+    )  # fmt: skip
     group.add_argument("--no-warm-up", action="store_true", help="compile during the first requests, not before them")
     group = parser.add_argument_group("limits")
     group.add_argument("--max-requests", type=int, default=256, metavar="N", help="at a time (default: 256)")
@@ -80,6 +84,7 @@ def serve(args: argparse.Namespace) -> None:
         temperature=args.temperature,
         max_tokens=args.max_tokens,
         drain=args.drain,
+        draft_tokens=args.draft_tokens,
         batching=Batching(max_batch=args.max_batch, linger=args.linger, patience=args.patience, running=args.batches),
         limits=Limits(
             requests=args.max_requests,

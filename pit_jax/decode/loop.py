@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key
 from pit_jax.core.errors import invalid
 from pit_jax.core.types import Params, Prompts, Samples
 from pit_jax.decode import passes
-from pit_jax.decode.passes import Program
+from pit_jax.decode.passes import Alike, SampledProgram
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
 
@@ -46,7 +46,7 @@ def generate(
     count, each = keys.shape[0], prompts.tokens.shape[0]
     if count % each:
         raise invalid("generate.keys", count, f"be a multiple of the {each} prompts", "Give each as many samples.")
-    program = Program(
+    program = SampledProgram(
         lm=lm,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
@@ -61,11 +61,12 @@ def generate(
 
 @functools.partial(jax.jit, static_argnames="program")
 def _run(
-    params: Params, prompts: Prompts, keys: Key[Array, " B"], temperature: Float[Array, ""], program: Program
+    params: Params, prompts: Prompts, keys: Key[Array, " B"], temperature: Float[Array, ""], program: SampledProgram
 ) -> Samples:
-    first = passes.begin(params, prompts, keys, temperature, program)
+    draws = Alike(keys, temperature, program)
+    first = passes.begin(params, prompts, draws, program)
     ready = program.lm.ready(params)
     last = jax.lax.while_loop(
-        lambda now: ~jnp.all(now.over), lambda now: passes.advance(ready, now, temperature, program), first
+        lambda rows: ~jnp.all(rows.over), lambda rows: passes.advance(ready, rows, draws, program), first
     )
     return last.samples

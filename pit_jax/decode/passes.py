@@ -9,7 +9,7 @@ passes without guesses give it: the same tokens, not only the same distribution.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,64 @@ from pit_jax.sharding.rules import constrain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything that decides which program is compiled; hashable, static under jit.
+    """What decides which program is compiled, but for how tokens are drawn; hashable, static under jit.
 
-    top_k, top_p, draws, draft_tokens: of `Sampling`. max_new: most tokens of a row, EOS included.
+    draft_tokens: of `Sampling`. max_new: most tokens of a row, EOS included.
     """
 
     lm: ConditionalLM
-    top_k: int
-    top_p: float
-    draws: str
     draft_tokens: int
     max_new: int
     eos_ids: tuple[int, ...]
     pad_id: int
+
+
+class Draws(Protocol):
+    """How tokens are drawn."""
+
+    @property
+    def limit(self) -> Int[Array, " B"]:
+        """Most tokens of each row, EOS included."""
+        ...
+
+    def draw(
+        self, logits: Float[Array, "B Q V"], number: Int[Array, "B Q"]
+    ) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
+        """Return each row's tokens of the given numbers, and their untempered, unfiltered log-probabilities."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampledProgram(Program):
+    """The same for rows that are drawn alike. top_k, top_p, draws: of `Sampling`."""
+
+    top_k: int
+    top_p: float
+    draws: str
+
+
+class Alike(NamedTuple):
+    """Draws of rows that only their keys tell apart."""
+
+    keys: Key[Array, " B"]
+    temperature: Float[Array, ""]
+    program: SampledProgram
+
+    @property
+    def limit(self) -> Int[Array, " B"]:
+        """Most tokens of each row."""
+        return jnp.full(self.keys.shape, self.program.max_new, jnp.int32)
+
+    def draw(
+        self, logits: Float[Array, "B Q V"], number: Int[Array, "B Q"]
+    ) -> tuple[Int[Array, "B Q"], Float[Array, "B Q"]]:
+        """Return tokens drawn by `sampling.draw`, and their log-probabilities."""
+        program, keys = self.program, jnp.broadcast_to(self.keys[:, None], number.shape)
+        drawn = draw(
+            logits.reshape(-1, logits.shape[2]), keys.reshape(-1), number.reshape(-1), self.temperature,
+            program.top_k, program.top_p, program.draws,
+        )  # fmt: skip
+        return drawn[0].reshape(number.shape), drawn[1].reshape(number.shape)
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +90,11 @@ class Program:
 class Rows:
     """Rows of which `t` tokens are drawn each; `token` is the newest.
 
-    keys: of each row's sample. over: nothing more is drawn. finished: EOS came. passes: of the model, after the
-    prompt's, in which the row was under way. source: of drafts, None where none are made.
+    over: nothing more is drawn: EOS came, the limit is reached, or the row was given up. finished: EOS came.
+    passes: of the model, after the prompt's, in which the row was under way. source: of drafts, None without any.
     """
 
     cache: Any
-    keys: Key[Array, " B"]
     t: Int[Array, " B"]
     token: Int[Array, " B"]
     over: Bool[Array, " B"]
@@ -68,29 +112,26 @@ class Rows:
         return Samples(tokens=self.tokens, mask=mask, logp=self.logp, finished=self.finished, passes=passes)
 
 
-def begin(
-    params: Params, prompts: Prompts, keys: Key[Array, " B"], temperature: Float[Array, ""], program: Program
-) -> Rows:
-    """Read the prompts, each once for its B / X rows, and draw the first token of every row."""
-    samples, drafted = keys.shape[0] // prompts.tokens.shape[0], program.draft_tokens
+def begin(params: Params, prompts: Prompts, draws: Draws, program: Program) -> Rows:
+    """Read X prompts, each once for its B / X rows, and draw the first token of every row."""
+    count = draws.limit.shape[0]
+    samples, drafted = count // prompts.tokens.shape[0], program.draft_tokens
     logits, cache = program.lm.prefill(params, prompts, program.max_new, samples, drafted)
     source = drafts.source(prompts, samples, program.eos_ids[0]) if drafted else None
-    rows = dataclasses.replace(empty(cache, keys, source, program), over=jnp.zeros(keys.shape[0], bool))
-    return cut(_append(rows, logits[:, None], jnp.zeros((keys.shape[0], 0), jnp.int32), temperature, program)[0])
+    rows = dataclasses.replace(empty(cache, count, source, program), over=draws.limit < 1)
+    return cut(_append(rows, logits[:, None], jnp.zeros((count, 0), jnp.int32), draws, program)[0])
 
 
-def empty(cache: Any, keys: Key[Array, " B"], source: Source | None, program: Program) -> Rows:
+def empty(cache: Any, count: int, source: Source | None, program: Program) -> Rows:
     """Return rows that have no token and are over."""
-    rows, shape = keys.shape[0], (keys.shape[0], program.max_new)
-    none = jnp.zeros(rows, jnp.int32)
+    none, shape = jnp.zeros(count, jnp.int32), (count, program.max_new)
     return cut(
         Rows(
             cache=cache,
-            keys=keys,
             t=none,
             token=none,
-            over=jnp.ones(rows, bool),
-            finished=jnp.zeros(rows, bool),
+            over=jnp.ones(count, bool),
+            finished=jnp.zeros(count, bool),
             tokens=jnp.full(shape, program.pad_id, jnp.int32),
             logp=jnp.zeros(shape, jnp.float32),
             passes=none,
@@ -99,28 +140,24 @@ def empty(cache: Any, keys: Key[Array, " B"], source: Source | None, program: Pr
     )
 
 
-def advance(ready: Params, rows: Rows, temperature: Float[Array, ""], program: Program) -> Rows:
+def advance(ready: Params, rows: Rows, draws: Draws, program: Program) -> Rows:
     """Pass once through the model, with its `ready` parameters, and write down what each row draws."""
     lm = program.lm
     rows = dataclasses.replace(rows, passes=rows.passes + ~rows.over)
     if rows.source is None:
         logits, cache = lm.step(ready, rows.cache, rows.token)
         drafted = jnp.zeros((rows.token.shape[0], 0), jnp.int32)
-        return _append(dataclasses.replace(rows, cache=cache), logits[:, None], drafted, temperature, program)[0]
+        return _append(dataclasses.replace(rows, cache=cache), logits[:, None], drafted, draws, program)[0]
     drafted, found = drafts.propose(rows.source, rows.tokens, rows.t, program.draft_tokens, program.pad_id)
     logits, cache = lm.extend(ready, rows.cache, jnp.concatenate([rows.token[:, None], drafted], axis=1))
-    rows, written = _append(rows, logits, drafted, temperature, program)
+    rows, written = _append(rows, logits, drafted, draws, program)
     return dataclasses.replace(
         rows, cache=lm.keep(cache, written), source=dataclasses.replace(rows.source, place=found + written)
     )
 
 
 def _append(
-    rows: Rows,
-    logits: Float[Array, "B Q V"],
-    drafted: Int[Array, "B K"],
-    temperature: Float[Array, ""],
-    program: Program,
+    rows: Rows, logits: Float[Array, "B Q V"], drafted: Int[Array, "B K"], draws: Draws, program: Program
 ) -> tuple[Rows, Int[Array, " B"]]:
     """Draw the next token, and those behind it as far as the drafts before them are what is drawn; write them down.
 
@@ -128,31 +165,29 @@ def _append(
       rows: the rows.
       logits: of the next Q = K + 1 tokens, if the drafts before them are right.
       drafted: what the first K of them were taken to be.
-      temperature: of `Sampling`.
+      draws: how they are drawn.
       program: the settings.
 
     Returns:
       The rows, and how many tokens each has been given; 0 where it was over.
     """
-    (count, places, _), filters = logits.shape, (program.top_k, program.top_p, program.draws)
-    number = rows.t[:, None] + jnp.arange(places, dtype=jnp.int32)[None, :]
-    keys = jnp.broadcast_to(rows.keys[:, None], number.shape).reshape(-1)
-    flat = draw(logits.reshape(count * places, -1), keys, number.reshape(-1), temperature, *filters)
-    drawn, logp = (part.reshape(number.shape) for part in flat)
+    number = rows.t[:, None] + jnp.arange(logits.shape[1], dtype=jnp.int32)[None, :]
+    drawn, logp = draws.draw(logits, number)
     ends = jnp.isin(drawn, jnp.asarray(program.eos_ids, jnp.int32))
     # A token behind a wrong guess is of another text, and one behind an EOS of none.
     right = jnp.cumprod((drawn[:, :-1] == drafted) & ~ends[:, :-1], axis=1, dtype=jnp.int32) > 0
-    taken = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True) & ~rows.over[:, None] & (number < program.max_new)
+    taken = jnp.pad(right, ((0, 0), (1, 0)), constant_values=True) & ~rows.over[:, None]
+    taken = taken & (number < draws.limit[:, None])
     tokens, kept, token = rows.tokens, rows.logp, jnp.full_like(rows.token, program.pad_id)
     columns = jnp.arange(program.max_new, dtype=jnp.int32)[None, :]
-    for place in range(places):
+    for place in range(number.shape[1]):
         here = taken[:, place, None] & (columns == number[:, place, None])
         tokens, kept = (jnp.where(here, new[:, place, None], old) for old, new in ((tokens, drawn), (kept, logp)))
         token = jnp.where(taken[:, place], drawn[:, place], token)
     written = jnp.sum(taken, axis=1, dtype=jnp.int32)
     finished = rows.finished | jnp.any(taken & ends, axis=1)
     t = rows.t + written
-    over = rows.over | finished | (t >= program.max_new)
+    over = rows.over | finished | (t >= draws.limit)
     rows = dataclasses.replace(rows, t=t, token=token, over=over, finished=finished, tokens=tokens, logp=kept)
     return rows, written
 
@@ -162,7 +197,7 @@ def cut(rows: Rows) -> Rows:
     parts = {
         field.name: constrain(value, ("batch", None)[: value.ndim])
         for field in dataclasses.fields(rows)
-        if field.name not in ("cache", "keys", "source")
+        if field.name not in ("cache", "source")
         for value in [vars(rows)[field.name]]
     }
     return dataclasses.replace(rows, **parts)

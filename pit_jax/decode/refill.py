@@ -19,15 +19,24 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from pit_jax.core.types import Params, Prompts, Samples
 from pit_jax.decode import drafts, passes
-from pit_jax.decode.passes import Rows
+from pit_jax.decode.passes import Alike, Rows, SampledProgram
 from pit_jax.sharding.place import fetch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Program(passes.Program):
+class Program(SampledProgram):
     """Everything that decides which programs are compiled. rows: of the batch."""
 
     rows: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slots:
+    """The rows between two portions, with the keys of their samples; those that are over are replaced by others."""
+
+    rows: Rows
+    keys: Key[Array, " B"]
 
 
 def sample(
@@ -57,8 +66,8 @@ def sample(
     owner = np.full(program.rows, -1)
     waiting = 0
     while True:
-        over = fetch(slots.over)
-        found.take(slots, owner, over)
+        over = fetch(slots.rows.over)
+        found.take(slots.rows, owner, over)
         owner[over] = -1
         free = np.flatnonzero(over)
         while waiting < len(keys) and len(free) >= size:
@@ -90,17 +99,17 @@ class _Found:
             passes=np.zeros(count, np.int32) if program.draft_tokens else None,  # pyright: ignore[reportArgumentType]
         )
 
-    def take(self, slots: Rows, owner: Int[np.ndarray, " B"], over: Bool[np.ndarray, " B"]) -> None:
+    def take(self, under_way: Rows, owner: Int[np.ndarray, " B"], over: Bool[np.ndarray, " B"]) -> None:
         """Write down the rows that are over, for the samples that they were."""
         rows = np.flatnonzero(over & (owner >= 0))
         if not len(rows):
             return
-        tokens, logp, lengths, finished = fetch((slots.tokens, slots.logp, slots.t, slots.finished))
+        tokens, logp, lengths, finished = fetch((under_way.tokens, under_way.logp, under_way.t, under_way.finished))
         at, there = owner[rows], self.samples
         there.tokens[at], there.logp[at], there.finished[at] = tokens[rows], logp[rows], finished[rows]
         there.mask[at] = np.arange(tokens.shape[1])[None, :] < lengths[rows, None]
         if there.passes is not None:
-            there.passes[at] = fetch(slots.passes)[rows]
+            there.passes[at] = fetch(under_way.passes)[rows]
 
 
 @functools.partial(jax.jit, static_argnames="program")
@@ -109,43 +118,47 @@ def _ready(params: Params, program: Program) -> Params:
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def _empty(params: Params, one: Prompts, keys: Key[Array, "X G"], program: Program) -> Rows:
+def _empty(params: Params, one: Prompts, keys: Key[Array, "X G"], program: Program) -> Slots:
     """Return rows of which none is anyone's; what their caches hold is of no importance."""
     prompts = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (program.rows, *leaf.shape[1:])), one)
     cache = jax.eval_shape(lambda: program.lm.prefill(params, prompts, program.max_new, 1, program.draft_tokens)[1])
     cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
     source = drafts.source(prompts, 1, program.eos_ids[0]) if program.draft_tokens else None
-    return passes.empty(cache, jnp.broadcast_to(keys[0, 0], (program.rows,)), source, program)
+    rows = passes.empty(cache, program.rows, source, program)
+    return Slots(rows=rows, keys=jnp.broadcast_to(keys[0, 0], (program.rows,)))
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="slots")
 def _admit(
     params: Params,
-    slots: Rows,
+    slots: Slots,
     prompts: Prompts,
     keys: Key[Array, " R"],
     places: Int[Array, " R"],
     temperature: Float[Array, ""],
     program: Program,
-) -> Rows:
+) -> Slots:
     """Read prompts, draw the first token of each of their samples, and put these in the given places."""
-    new = passes.begin(params, prompts, keys, temperature, program)
+    new, old = passes.begin(params, prompts, Alike(keys, temperature, program), program), slots.rows
 
     def put(old: Array, value: Array) -> Array:
         return old.at[places].set(value, mode="drop")
 
-    cache = program.lm.admit(slots.cache, new.cache, places)
-    others = (dataclasses.replace(one, cache=None) for one in (slots, new))
-    return passes.cut(dataclasses.replace(jax.tree.map(put, *others), cache=cache))
+    cache = program.lm.admit(old.cache, new.cache, places)
+    others = (dataclasses.replace(rows, cache=None) for rows in (old, new))
+    rows = passes.cut(dataclasses.replace(jax.tree.map(put, *others), cache=cache))
+    return Slots(rows=rows, keys=put(slots.keys, keys))
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="slots")
 def _advance(
-    ready: Params, slots: Rows, temperature: Float[Array, ""], enough: Int[Array, ""], program: Program
-) -> Rows:
+    ready: Params, slots: Slots, temperature: Float[Array, ""], enough: Int[Array, ""], program: Program
+) -> Slots:
     """Draw tokens until `enough` rows are over."""
-    return jax.lax.while_loop(
-        lambda slots: jnp.sum(slots.over) < enough,
-        lambda slots: passes.advance(ready, slots, temperature, program),
-        slots,
+    draws = Alike(slots.keys, temperature, program)
+    rows = jax.lax.while_loop(
+        lambda rows: jnp.sum(rows.over) < enough,
+        lambda rows: passes.advance(ready, rows, draws, program),
+        slots.rows,
     )
+    return Slots(rows=rows, keys=slots.keys)

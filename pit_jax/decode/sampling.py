@@ -157,5 +157,10 @@ def draw(
     kept = keep_top_p(tempered(keep_top_k(logits, top_k), temperature), top_p)
     inverse = draws == "inverse"
     token = invert(kept, keys, step, temperature) if inverse else pick(logits, kept, keys, step, temperature)
+    return token, log_probability(logits, token)
+
+
+def log_probability(logits: Float[Array, "B V"], token: Int[Array, " B"]) -> Float[Array, " B"]:
+    """Return log softmax(logits) of one token a row."""
     chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)

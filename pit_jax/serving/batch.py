@@ -102,7 +102,7 @@ class Batch:
         given = put_batch(wanted, self._mesh, row_axis=0)
         self._state = chunks.advance(self._params, self._state, self._draws, given, until, self._program)
         tokens, lengths, over, finished = fetch(
-            (self._state.tokens, self._state.lengths, self._state.over, self._state.finished)
+            (self._state.tokens, self._state.t, self._state.over, self._state.finished)
         )
         self._over = over
         elapsed = max(time.monotonic() - started, 1e-6)

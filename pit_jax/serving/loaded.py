@@ -51,24 +51,28 @@ class Models(Improver):
     Args:
       checkpoint: as of `stages.improve.Improver`.
       max_batch: most rows of a batch; rounded up to what the devices can share.
+      draft_tokens: as of `stages.improve.Improver`.
     """
 
-    def __init__(self, checkpoint: str, max_batch: int) -> None:
-        super().__init__(checkpoint)
+    def __init__(self, checkpoint: str, max_batch: int, draft_tokens: int | None = None) -> None:
+        super().__init__(checkpoint, draft_tokens)
         parts = answering.shared_out(self.mesh, 1)
         largest = answering.shared_out(self.mesh, max_batch)
         # Under load batches are nearly full; those a little above a quarter are not to pay for whole ones.
         sizes = {*buckets(parts, largest), answering.shared_out(self.mesh, max(1, largest // 2))}
         self.row_sizes = tuple(sorted({answering.shared_out(self.mesh, n) for n in sizes}))
         self.widths = buckets(SMALLEST_WIDTH, max(self.codec.width("improver"), self.codec.width("gap")))
-        self.speakers: dict[Kind, Speaker] = {"improver": Speaker(self._program(self.artifact.lm), self.params())}
+        program = self._program(self.artifact.lm, self.draft_tokens)
+        self.speakers: dict[Kind, Speaker] = {"improver": Speaker(program, self.params())}
         if self.policy is not None:
-            self.speakers["policy"] = Speaker(self._program(self.policy.lm), self.policy_params())
+            self.speakers["policy"] = Speaker(self._program(self.policy.lm, 0), self.policy_params())
         self._scoring = self.scorer(self.row_sizes[-1])
 
-    def _program(self, lm: ConditionalLM) -> Program:
+    def _program(self, lm: ConditionalLM, drafted: int) -> Program:
         codec = self.codec
-        return Program(lm=lm, max_new=codec.lengths.targets, eos_ids=codec.eos_ids, pad_id=codec.pad_id)
+        return Program(
+            lm=lm, draft_tokens=drafted, max_new=codec.lengths.targets, eos_ids=codec.eos_ids, pad_id=codec.pad_id
+        )
 
     @property
     def has_gap(self) -> bool:

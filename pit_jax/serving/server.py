@@ -135,7 +135,7 @@ def serve(serving: Serving) -> None:
     """
     if not serving.is_local and serving.api_key is None:
         _LOG.warning("%s can be reached by others, and no API key is asked for: anyone may use it", serving.host)
-    models = Models(serving.checkpoint, serving.batching.max_batch)
+    models = Models(serving.checkpoint, serving.batching.max_batch, serving.draft_tokens)
     _check_defaults(serving, models)
     server = Server(serving, models)
 

@@ -85,6 +85,8 @@ class Serving:
       gap model, else "always".
     temperature, max_tokens: the same; max_tokens None: as many as the models can say.
     drain: seconds that requests under way are given when the server is told to stop.
+    draft_tokens: by which the improver's answers are guessed ahead (`decode.sampling.Sampling`); None: as many as the
+      run says. Answers are the same.
     """
 
     checkpoint: str
@@ -99,6 +101,7 @@ class Serving:
     temperature: float = 1.0
     max_tokens: int | None = None
     drain: float = 30.0
+    draft_tokens: int | None = None
     batching: Batching = Batching()
     limits: Limits = Limits()
 
@@ -120,6 +123,8 @@ class Serving:
             raise invalid("Serving.max_tokens", self.max_tokens, "be at least 1", "Leave it out for no limit.")
         if not 0.0 <= self.drain < float("inf"):
             raise invalid("Serving.drain", self.drain, "be >= 0", "30 is usual.")
+        if self.draft_tokens is not None and self.draft_tokens < 0:
+            raise invalid("Serving.draft_tokens", self.draft_tokens, "be >= 0", "Use 0 to guess no tokens.")
 
     @property
     def is_local(self) -> bool:

@@ -93,7 +93,7 @@ class Improver:
         stage = self.artifact.manifest["stage"]
         self._run = self.artifact.directory.parent
         self.mesh, self.rules = _layout(self._run)
-        self._drafted = _experiment(self._run).get("draft_tokens", 0) if draft_tokens is None else draft_tokens
+        self.draft_tokens = _experiment(self._run).get("draft_tokens", 0) if draft_tokens is None else draft_tokens
         # An improver trained by RL names its gap model and its policy; for an SFT one the run is searched.
         self.gap, _ = self._named(stage.get("reward")) or self._found("reward", "gap")
         self.policy, self._policy_snapshot = self._named(stage.get("policy")) or self._found("rl", "policy")
@@ -155,7 +155,7 @@ class Improver:
         """Return what answers policy or improver prompts, `rows` at a time."""
         # The two can differ in their adapters: the policy may be the base of the improver's.
         artifact = self.policy if kind == "policy" and self.policy is not None else self.artifact
-        sampling = Sampling(temperature=temperature, draft_tokens=self._drafted if kind == "improver" else 0)
+        sampling = Sampling(temperature=temperature, draft_tokens=self.draft_tokens if kind == "improver" else 0)
         return answering.make_sampler(artifact.lm, self.codec, kind, sampling, self._rows(rows), self.mesh)
 
     def originals(

@@ -10,8 +10,9 @@ import pytest
 from pit_jax.core.errors import ConfigError
 from pit_jax.core.rng import key_for
 from pit_jax.decode import chunks
-from pit_jax.decode.chunks import Draws, Halted, Program
+from pit_jax.decode.chunks import Draws, Program
 from pit_jax.decode.loop import generate
+from pit_jax.decode.passes import Rows
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.api import ConditionalLM
 from pit_jax.models.presets.catalog import language_model, preset
@@ -46,14 +47,18 @@ def _draws(limits: list[int] | None = None) -> Draws:
 
 
 def _sampled(
-    model: tuple[ConditionalLM, dict], draws: Draws, piece: int, given_up: dict[int, int] | None = None
-) -> Halted:
+    model: tuple[ConditionalLM, dict],
+    draws: Draws,
+    piece: int,
+    given_up: dict[int, int] | None = None,
+    drafted: int = 0,
+) -> Rows:
     """Sample all rows in pieces; `given_up` maps a row to the number of tokens after which nobody wants it."""
     lm, params = model
-    program = Program(lm=lm, max_new=LENGTH, eos_ids=EOS_IDS, pad_id=PAD)
+    program = Program(lm=lm, max_new=LENGTH, eos_ids=EOS_IDS, pad_id=PAD, draft_tokens=drafted)
     state = chunks.begin(params, PROMPTS, draws, program)
     while not bool(state.over.all()):
-        t = int(state.t)
+        t = int(state.t.max())
         wanted = np.array([t < (given_up or {}).get(row, LENGTH + 1) for row in range(len(ROWS))])
         state = chunks.advance(params, state, draws, wanted, np.int32(t + piece), program)
     return state
@@ -67,20 +72,31 @@ def test_every_row_is_what_generate_samples_with_its_settings(model: tuple[Condi
         sampling = Sampling(temperature=temperature, top_p=top_p)
         alone = generate(*model, PROMPTS, draws.keys, sampling, max_new=LENGTH, eos_ids=EOS_IDS, pad_id=PAD)
         np.testing.assert_array_equal(state.tokens[row], alone.tokens[row])
-        assert int(state.lengths[row]) == int(alone.mask[row].sum())
+        assert int(state.t[row]) == int(alone.mask[row].sum())
         assert bool(state.finished[row]) == bool(alone.finished[row])
+
+
+@pytest.mark.parametrize("piece", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_drafts_change_no_row(model: tuple[ConditionalLM, dict], piece: int) -> None:
+    limits = [LENGTH, 1, 7, 0, LENGTH]
+    plain, quick = (_sampled(model, _draws(limits), piece, drafted=drafted) for drafted in (0, 3))
+    for name in ("tokens", "t", "over", "finished"):
+        np.testing.assert_array_equal(vars(quick)[name], vars(plain)[name])
+    np.testing.assert_allclose(quick.logp, plain.logp, atol=1e-5)
+    # One of the models says nothing that it could repeat.
+    assert quick.passes.sum() < plain.passes.sum() or plain.passes.sum() == 0
 
 
 def test_limits_and_rows_given_up_give_prefixes_and_leave_the_others_alone(model: tuple[ConditionalLM, dict]) -> None:
     whole = _sampled(model, _draws(), 3)
     limits = [LENGTH, 1, 2, 0, LENGTH]
     cut = _sampled(model, _draws(limits), 3, given_up={4: 4})
-    lengths = np.minimum(np.asarray(whole.lengths), [LENGTH, 1, 2, 0, 4])
-    np.testing.assert_array_equal(cut.lengths, lengths)
+    lengths = np.minimum(np.asarray(whole.t), [LENGTH, 1, 2, 0, 4])
+    np.testing.assert_array_equal(cut.t, lengths)
     for row, length in enumerate(lengths):
         np.testing.assert_array_equal(cut.tokens[row, :length], whole.tokens[row, :length])
         assert np.all(np.asarray(cut.tokens[row, length:]) == PAD)
-        assert bool(cut.finished[row]) == (bool(whole.finished[row]) and length == int(whole.lengths[row]))
+        assert bool(cut.finished[row]) == (bool(whole.finished[row]) and length == int(whole.t[row]))
 
 
 def test_the_loop_halts_where_it_is_told_and_ends_with_the_last_row() -> None:
@@ -88,15 +104,17 @@ def test_the_loop_halts_where_it_is_told_and_ends_with_the_last_row() -> None:
     params, draws = lm.init(jax.random.key(7)), _draws()
     program = Program(lm=lm, max_new=LENGTH, eos_ids=EOS_IDS, pad_id=PAD)  # pyright: ignore[reportArgumentType]
     state = chunks.begin(params, PROMPTS, draws, program)
-    assert int(state.t) == 1
+    assert int(state.t.max()) == 1
     state = chunks.advance(params, state, draws, np.ones(5, bool), np.int32(3), program)
-    assert int(state.t) == 3 or bool(state.over.all())
+    assert int(state.t.max()) == 3 or bool(state.over.all())
     state = chunks.advance(params, state, draws, np.zeros(5, bool), np.int32(LENGTH), program)
-    assert int(state.t) == 3 and bool(state.over.all())
+    assert int(state.t.max()) == 3 and bool(state.over.all())
 
 
 def test_bad_programs_are_named() -> None:
     with pytest.raises(ConfigError, match="max_new = 0"):
         Program(lm=ToyLM(), max_new=0, eos_ids=(1,), pad_id=0)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="draft_tokens = -1"):
+        Program(lm=ToyLM(), max_new=1, eos_ids=(1,), pad_id=0, draft_tokens=-1)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="eos_ids"):
         Program(lm=ToyLM(), max_new=1, eos_ids=(), pad_id=0)  # pyright: ignore[reportArgumentType]

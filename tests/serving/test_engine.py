@@ -168,6 +168,27 @@ def test_devices_that_share_the_rows_give_the_same_answers(
     assert whole(shared) == whole(models)
 
 
+def test_drafted_tokens_change_no_answer(models: Models, run_dir: pathlib.Path) -> None:
+    def whole(given: Models) -> list[Response]:
+        async def main() -> list[Response]:
+            async with running(given) as (engine, _):
+                drawn = [
+                    _sampling(given, prompt, number, limit=8 + number).draw for number, prompt in enumerate(PROMPTS)
+                ]
+                works = [Sampling("improver", row, draw) for row, draw in zip(rows, drawn, strict=True)]
+                engine.submit(works)
+                return [await work.result for work in works]
+
+        return asyncio.run(main())
+
+    codec, drafting = models.codec, Models(str(run_dir), 4, 3)
+    reference = codec.prompt_ids("inn via tower inn")
+    rows = [codec.improver_prompt(codec.prompt_ids(prompt), reference) for prompt in PROMPTS]
+    drafted = {kind: speaker.program.draft_tokens for kind, speaker in drafting.speakers.items()}
+    assert drafted == {"improver": 3, "policy": 0}
+    assert whole(drafting) == whole(models)
+
+
 def test_shapes_are_few_and_hold_everything() -> None:
     assert buckets(1, 64) == (1, 4, 16, 64)
     assert buckets(1, 65) == (1, 4, 16, 64, 65)
