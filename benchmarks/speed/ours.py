@@ -27,7 +27,7 @@ def main(kind: str, description: str | None) -> None:
     parser = options.parser(description)
     for name, what in (
         ("set", "the model's config"),
-        ("stage", "the stage; of RlConfig (rl), of the sampler (rollout)"),
+        ("stage", "the stage; of RlConfig (rl), of the sampler or of Sampling (rollout)"),
         ("training", "the stage's training, such as micro_batches=4"),
     ):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="FIELD=VALUE", help=f"fields of {what}")

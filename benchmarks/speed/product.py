@@ -212,7 +212,10 @@ class Rollouts:
     """Rollouts of a work's prompts with fresh parameters; other prompts and keys in each."""
 
     def __init__(self, run: Run, work: Work, mean_length: int | None, changes: dict[str, Any]) -> None:
-        sampler = dataclasses.replace(answering.sampler(run, "policy", Sampling(), work.rows), **changes)
+        draws = {field.name for field in dataclasses.fields(Sampling)} & changes.keys()
+        sampling = Sampling(**{name: changes[name] for name in draws})
+        others = {name: value for name, value in changes.items() if name not in draws}
+        sampler = dataclasses.replace(answering.sampler(run, "policy", sampling, work.rows), **others)
         self.sampler = without_end(sampler) if mean_length is None else ending(sampler, mean_length)
         self.params = run.language_model("start")
         self._work, self._source, self._step = work, run.source("rl", "train", stream="rollout"), 0

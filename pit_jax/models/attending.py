@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pit_jax.models.config import ModelConfig
 from pit_jax.ops import attention, blocks, cached, cudnn, sight, splash
+from pit_jax.ops.cached import Turned
 from pit_jax.ops.sight import Order, Tokens
 from pit_jax.sharding import rules
 from pit_jax.sharding.rules import constrain
@@ -39,6 +40,8 @@ KNOWN = ("batch", "length", "kv_heads", None)
 GATHERED = ("batch", None, "kv_heads", None)
 CACHE = ("layers", "batch", "kv_heads", "cache", "head_dim")
 """Axes of a cache of keys or values of all layers, `[N, B, Kh, C, E]`."""
+TURNED = (*CACHE[:-2], "head_dim", "cache")
+"""Axes of keys that are turned, `[N, B, Kh, E, C]`."""
 
 
 class KeysValues(NamedTuple):
@@ -48,8 +51,8 @@ class KeysValues(NamedTuple):
     values: Float[Array, "*N B K Kh E"]
 
 
-Pieces = tuple[KeysValues, ...]
-"""Keys and values of a cache, one piece after the other, `[X, Kh, K, E]` each (`ops.cached`)."""
+Pieces = tuple[KeysValues | Turned, ...]
+"""Keys and values of a cache, one piece after the other (`ops.cached`)."""
 
 
 class Masks(NamedTuple):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pit_jax.models import attending
 from pit_jax.models.attending import KeysValues
 from pit_jax.models.config import ModelConfig
-from pit_jax.ops.cached import Numbers, Small, shrink
+from pit_jax.ops.cached import Numbers, Small, Turned, shrink
 from pit_jax.sharding.rules import constrain
 
 NEVER = 2**30
@@ -31,6 +31,8 @@ Stored = KeysValues | tuple[KeysValues, ...]
 
 A layer's keys must be an array of their own there: a slice of a larger one would be copied for every product.
 """
+Prompts = Turned | tuple[Turned, ...]
+"""The same of prompts, with the keys turned: `[N, X, Kh, E, S]`."""
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +45,7 @@ class Cache:
     to be written, of all rows or, where they do not keep step, of each.
     """
 
-    prompt: Stored
+    prompt: Prompts
     own: Stored
     places: Int[Array, "X S"]
     first: Int[Array, " X"]
@@ -76,7 +78,7 @@ class Cache:
     def layers(self, windowed: np.ndarray) -> list[tuple] | tuple:
         """Return what each layer needs: its number, whether it has the window, and its part of the prompts."""
         index = np.arange(len(windowed), dtype=np.int32)
-        if isinstance(self.prompt, KeysValues):
+        if isinstance(self.prompt, Turned):
             return index, windowed, self.prompt
         return list(zip(index, windowed, self.prompt, strict=True))
 
@@ -122,7 +124,7 @@ def begin(
     empty = jax.tree.map(_cut, _held(jnp.zeros(shape if apart else (number, *shape), known.keys.dtype), small))
     own = KeysValues(empty, empty)
     return Cache(
-        prompt=_stored(known, unused, apart, small),
+        prompt=_prompts(known, unused, apart, small),
         own=(own,) * number if apart else own,
         places=jnp.pad(places, ((0, 0), (0, unused)), constant_values=NEVER),
         first=first,
@@ -197,14 +199,14 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
         return old.at[(slice(None),) * axis + (rows,)].set(value, mode="drop")
 
     def prompt(old: Array, value: Array) -> Array:
-        return _cut(put(old, jnp.repeat(value, samples, axis=value.ndim - 4)))
+        return put(old, jnp.repeat(value, samples, axis=value.ndim - 4))
 
     def own(old: Array, value: Array) -> Array:
         # Where rows keep step, the newest token of every row stands one slot before the next.
         return _cut(put(old, jnp.roll(value, cache.slot - new.slot, axis=-2) if in_step else value))
 
     return Cache(
-        prompt=jax.tree.map(prompt, cache.prompt, new.prompt),
+        prompt=_cut_prompts(jax.tree.map(prompt, cache.prompt, new.prompt)),
         own=jax.tree.map(own, cache.own, new.own),
         places=put(cache.places, jnp.repeat(new.places, samples, axis=0)),
         first=put(cache.first, jnp.repeat(new.first, samples, axis=0)),
@@ -213,20 +215,34 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
     )
 
 
-def _stored(known: KeysValues, unused: int, apart: bool, small: bool) -> Stored:
-    """Return keys and values of all layers as a cache holds them, with so many empty slots more."""
+def _prompts(known: KeysValues, unused: int, apart: bool, small: bool) -> Prompts:
+    """Return keys and values of prompts in all layers as a cache holds them, with so many empty slots more."""
 
-    def held(part: Float[Array, "*N B C Kh E"]) -> Numbers:
-        room = jnp.pad(part.swapaxes(-3, -2), ((0, 0),) * (part.ndim - 2) + ((0, unused), (0, 0)))
-        return jax.tree.map(_cut, _held(room, small))
+    def held(keys: Float[Array, "*N X S Kh E"], values: Float[Array, "*N X S Kh E"]) -> Turned:
+        keys, values = (
+            jnp.pad(part.swapaxes(-3, -2), ((0, 0),) * (part.ndim - 2) + ((0, unused), (0, 0)))
+            for part in (keys, values)
+        )
+        return Turned(_held(keys.swapaxes(-2, -1), small, axis=-2), _held(values, small))
 
     if not apart:
-        return KeysValues(*map(held, known))
-    return tuple(KeysValues(*map(held, layer)) for layer in zip(*map(jnp.unstack, known), strict=True))
+        return _cut_prompts(held(*known))
+    return _cut_prompts(tuple(held(*layer) for layer in zip(*map(jnp.unstack, known), strict=True)))
 
 
-def _held(part: Float[Array, "*N B Kh C E"], small: bool) -> Numbers:
-    return shrink(part) if small else part
+def _cut_prompts(prompts: Prompts) -> Prompts:
+    if not isinstance(prompts, Turned):
+        return tuple(_cut_turned(one) for one in prompts)
+    return _cut_turned(prompts)
+
+
+def _cut_turned(prompts: Turned) -> Turned:
+    keys = jax.tree.map(lambda part: constrain(part, attending.TURNED[-part.ndim :]), prompts.keys)
+    return Turned(keys, jax.tree.map(_cut, prompts.values))
+
+
+def _held(part: Float[Array, "*N B Kh C E"], small: bool, axis: int = -1) -> Numbers:
+    return shrink(part, axis) if small else part
 
 
 def _cut(part: Float[Array, "*N B Kh C E"]) -> Float[Array, "*N B Kh C E"]:

@@ -17,13 +17,15 @@ def _random(*shape: int) -> jnp.ndarray:
 
 @pytest.mark.parametrize("queries", [1, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_pieces_are_one_softmax(queries: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("turned", [False, True])
+def test_pieces_are_one_softmax(queries: int, softcap: float | None, turned: bool) -> None:
     query, prompt, own = _random(B, queries, H, E), _random(2, X, KH, 5, E), _random(2, B, KH, 4, E)
     mask = jnp.asarray(np.random.default_rng(0).random((B, 1, queries, 9)) < 0.5)
     # One query sees the first piece alone, one the second, one neither.
     mask = mask.at[0, :, :, 5:].set(False).at[1, :, :, :5].set(False).at[2].set(False)
     bias = _random(1, H, queries, 9)
-    found = cached.attend(query, [tuple(prompt), tuple(own)], mask=mask, bias=bias, scale=0.3, softcap=softcap)
+    first = cached.Turned(prompt[0].swapaxes(2, 3), prompt[1]) if turned else tuple(prompt)
+    found = cached.attend(query, [first, tuple(own)], mask=mask, bias=bias, scale=0.3, softcap=softcap)
     whole = jnp.concatenate([jnp.repeat(prompt, B // X, axis=1), own], axis=3).swapaxes(2, 3)
     expected = attention.attend(query, *whole, mask=mask, bias=bias, scale=0.3, softcap=softcap)
     np.testing.assert_allclose(found, expected, atol=1e-6)
@@ -50,3 +52,5 @@ def test_integers_are_as_near_as_they_can_be() -> None:
     wide = small.values * small.scale
     found = cached.attend(query, [(small, small)], **settings)
     np.testing.assert_allclose(found, cached.attend(query, [(wide, wide)], **settings), atol=1e-6)
+    turned = cached.Turned(cached.shrink(x.swapaxes(2, 3), axis=2), small)
+    np.testing.assert_allclose(found, cached.attend(query, [turned], **settings), atol=1e-6)
