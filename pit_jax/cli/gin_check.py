@@ -124,17 +124,30 @@ def mentions(statements: Statements, cls: type) -> bool:
 
 
 def locate(message: str, statements: Statements) -> str:
-    """Add to a message that begins with `Class.field` where that field was bound, macros included."""
-    named = re.match(r"(\w+)\.(\w+)\b", message)
+    """Add to a message that begins with `Class.field = value` where that field was bound, macros included.
+
+    Where scopes bind it to several values, it is the last place with the value of the message.
+    """
+    named = re.match(r"(\w+)\.(\w+)\b(?: = (.*?) must )?", message)
     if not named:
         return message
-    places = []
-    for binding in _bindings(statements):
-        if binding.parameter == named[2] and binding.selector.rsplit(".", 1)[-1] == named[1]:
-            places = [str(binding.place)]
-            for macro in _macros(binding.value):
-                places += [str(b.place) for b in _bindings(statements) if not b.parameter and b.key == macro][-1:]
-    return f"{message} (set at {', '.join(places)})" if places else message
+    bound = [
+        binding
+        for binding in _bindings(statements)
+        if binding.parameter == named[2] and binding.selector.rsplit(".", 1)[-1] == named[1]
+    ]
+    macros = {binding.key: binding for binding in _bindings(statements) if not binding.parameter}
+    if not bound:
+        return message
+
+    def value(binding: Binding) -> Any:
+        macro = macros.get(binding.value.name) if isinstance(binding.value, Macro) else None
+        return binding.value if macro is None else macro.value
+
+    named_ones = [binding for binding in bound if repr(value(binding)) == named[3]]
+    found = (named_ones or bound)[-1]
+    places = [found.place, *(macros[name].place for name in _macros(found.value) if name in macros)]
+    return f"{message} (set at {', '.join(map(str, places))})"
 
 
 def _bindings(statements: Statements) -> Iterator[Binding]:

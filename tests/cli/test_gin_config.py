@@ -167,6 +167,13 @@ def test_wrong_files_name_file_and_line(folder: Path, line: str, expected: list[
         assert part in message, message
 
 
+def test_a_value_that_scopes_bind_differently_is_looked_for() -> None:
+    rates = ("policy/Optimizer.learning_rate = -2.0", "improver/Optimizer.learning_rate = 1.0")
+    message = _message(MODEL_DIR, *rates)
+    assert message.startswith("Optimizer.learning_rate = -2.0 must be positive")
+    assert f"set at --gin.{rates[0]}" in message and rates[1] not in message
+
+
 def test_required_macros_are_all_named(folder: Path) -> None:
     (folder / "more.gin").write_text("TRAIN_STEPS = %gin.REQUIRED  # how long to train\n")
     message = _message(files=("base.gin", "more.gin"))
