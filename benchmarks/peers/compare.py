@@ -4,8 +4,8 @@
         --python-trl DIR/bin/python --python-tunix DIR/bin/python [--rounds 2] [--steps 5] [--output DIR]
 
 Every program runs in a process of its own, one after the other, `--rounds` times in turns (A B A B), so that whatever
-else the machine does hits all of them. Of a peer's variants the fastest counts. How each is installed is said at the
-top of benchmarks/peers/*_peer.py; a peer that fails is named and left out.
+else the machine does hits all of them. Of each project's variants, ours too, the fastest counts. How each peer is
+installed is said at the top of benchmarks/peers/*_peer.py; one that fails is named and left out.
 """
 
 from __future__ import annotations
@@ -43,6 +43,16 @@ PEERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     },
 }
 """Variants of each peer that may be its best, by platform and work."""
+_MICRO, _ONCE = "--training micro_batches=4", "--stage rescore=False"
+OURS: dict[str, dict[str, dict[str, str]]] = {
+    "cpu": {
+        "sft": {"micro-batches": _MICRO},
+        "rollout": {"inverse": "--stage draws=inverse"},
+        "rl": {"micro-batches": _MICRO, "scored-once": f"{_MICRO} {_ONCE}"},
+    },
+    "gpu": {"rollout": {"inverse": "--stage draws=inverse"}, "rl": {"scored-once": _ONCE}},
+}
+"""The same of ours, beside the defaults. No peer scores its samples a second time before the update."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--ours", action="append", default=[], metavar="NAME=ARGUMENTS",
-        help="a further variant of ours, such as 'scan=--set scan_layers=True'",
+        help="a further variant of ours in all works, such as 'scan=--set scan_layers=True'",
     )  # fmt: skip
     return parser
 
@@ -92,8 +102,8 @@ def entries(arguments: argparse.Namespace, work: str) -> list[Entry]:
     sizes = options.sizes(arguments)
     command = (sys.executable, "-m", f"benchmarks.{COMMANDS[work]}", "--no_ceilings", *sizes)
     found = [Entry(by="pit_jax", variant="", command=command)]
-    for text in arguments.ours:
-        name, _, more = text.partition("=")
+    further = dict(text.partition("=")[::2] for text in arguments.ours)
+    for name, more in (OURS[arguments.platform].get(work, {}) | further).items():
         found.append(Entry(by="pit_jax", variant=name, command=(*command, f"--variant={name}", *shlex.split(more))))
     for peer in filter(None, arguments.peers.split(",")):
         if peer not in PEERS:

@@ -119,13 +119,15 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(int(memory.split()[1]) / 2**20, 1),
         "load": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "preloaded": [Path(library).name for library in os.environ.get("LD_PRELOAD", "").split(":") if library],
     }
 
 
 def machine_line() -> str:
     """Return the same in a line, without the load."""
     found = machine()
-    return f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB, {found['system']}"
+    parts = [found["processor"], f"{found['cores']} cores", f"{found['memory_gib']} GiB", found["system"]]
+    return ", ".join([*parts, *found["preloaded"]])
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -94,11 +94,13 @@ def arguments(*given: str) -> argparse.Namespace:
 def test_who_takes_part() -> None:
     asked = arguments("--peers", "trl,tunix", "--python-trl", "/trl/python", "--ours", "scan=--set scan_layers=True")
     found = compare.entries(asked, "sft")
-    labels = ("pit_jax", "pit_jax scan", "trl plain", "tunix remat", "tunix plain")
+    labels = ("pit_jax", "pit_jax micro-batches", "pit_jax scan", "trl plain", "tunix remat", "tunix plain")
     assert tuple(entry.label for entry in found) == labels
-    assert found[1].command[-3:] == ("--variant=scan", "--set", "scan_layers=True")
-    assert found[2].command[0] == "/trl/python"
-    assert [entry.label for entry in compare.entries(asked, "rollout")] == [*labels[:2], "tunix sampler"]
+    assert found[2].command[-3:] == ("--variant=scan", "--set", "scan_layers=True")
+    assert found[3].command[0] == "/trl/python"
+    rollouts = ["pit_jax", "pit_jax inverse", "pit_jax scan", "tunix sampler"]
+    assert [entry.label for entry in compare.entries(asked, "rollout")] == rollouts
+    assert found[1].command[-3:] == ("--variant=micro-batches", "--training", "micro_batches=4")
     with pytest.raises(SystemExit, match="must be among"):
         compare.entries(arguments("--peers", "vllm"), "sft")
 
