@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.models.decoder_only import DecoderOnly
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
+from pit_jax.sharding.place import put_batch
 from pit_jax.sharding.rules import DEFAULT_RULES, specs, use
 from pit_jax.testing.dictated import Dictated
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, VOCAB, ToyLM, all_responses, conditional
@@ -192,6 +194,27 @@ def test_devices_share_the_rows(mesh: MeshConfig, portions: int) -> None:
         quick = _sampler(lm, 3, **change | {"portions": portions, "mesh": devices})
         found = quick.sample(placed, prompts, keys)
     _assert_same(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=2, tensor=2)])
+@pytest.mark.parametrize("name", ["rotary", "learned", "t5"])
+def test_devices_exchange_no_more_than_without_drafts(name: str, mesh: MeshConfig) -> None:
+    lm, devices = tiny.MODELS[name], make_mesh(mesh, jax.devices()[:4])
+
+    def exchanges(drafted: int) -> int:
+        settings = dict(max_new=8, eos_ids=EOS_IDS, pad_id=PAD)
+
+        def sample(params: Params, prompts: Prompts, keys: jax.Array) -> Samples:
+            return generate(lm, params, prompts, keys, Sampling(draft_tokens=drafted), **settings)
+
+        with use(devices, DEFAULT_RULES):
+            params = jax.device_put(tiny.params(lm), specs(lm.axes(), lm.abstract(), DEFAULT_RULES, devices))
+            prompts, keys = put_batch((_drawn(8, tiny.VOCABULARY), _keys(8)), devices, row_axis=0)
+            text = jax.jit(sample).lower(params, prompts, keys).compile().as_text()
+        return len(re.findall(r" (?:all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\(", text))
+
+    assert 0 < exchanges(3) <= exchanges(0)
 
 
 def _proposed(prompts: Prompts, said: list[int], place: int | None = None) -> tuple[list[int], int]:
