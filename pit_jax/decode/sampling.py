@@ -27,10 +27,12 @@ class Sampling:
       token in the place of V. Both draw from the same distribution, but other samples from the same keys. On a CPU the
       second takes a third of the time (8,192 tokens), which is little beside the model's own.
     draft_tokens: tokens that are guessed and checked in one pass of the model (`decode.drafts`); 0 guesses none. The
-      samples are the same. A guess is what follows in the prompt, in a marked reference above all, or in the answer
-      itself. It pays where answers repeat these and a pass takes as long for a few tokens as for one: on accelerators,
-      which read all parameters and the cache in each pass, with batches that do not keep their arithmetic busy. It does
-      not where answers are new texts (a policy's), or where arithmetic is what takes the time: large batches on CPUs.
+      samples are the same, as far as wider passes round alike. A guess is what follows in the prompt, in a marked
+      reference above all, or in the answer itself. It pays where answers repeat these and a pass takes as long for a
+      few tokens as for one: on accelerators, which read all parameters and the cache in each pass, with batches that do
+      not keep their arithmetic busy. It does not where answers are new texts (a policy's), or where arithmetic is what
+      takes the time: on two CPU cores a row that copies gains up to twice, 32 rows a quarter, and rows whose guesses
+      are wrong take twice as long (`benchmarks/drafting.py`).
     """
 
     temperature: float = 1.0

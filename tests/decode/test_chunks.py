@@ -83,6 +83,11 @@ def test_drafts_change_no_row(model: tuple[ConditionalLM, dict], piece: int) -> 
     for name in ("tokens", "t", "over", "finished"):
         np.testing.assert_array_equal(vars(quick)[name], vars(plain)[name])
     np.testing.assert_allclose(quick.logp, plain.logp, atol=1e-5)
+    left = _sampled(model, _draws(limits), piece, given_up={4: 4}, drafted=3)
+    np.testing.assert_array_equal(left.tokens[:4], plain.tokens[:4])
+    count = int(left.t[4])
+    np.testing.assert_array_equal(left.tokens[4, :count], plain.tokens[4, :count])
+    assert np.all(np.asarray(left.tokens[4, count:]) == PAD) and bool(left.over[4])
     # One of the models says nothing that it could repeat.
     assert quick.passes.sum() < plain.passes.sum() or plain.passes.sum() == 0
 
