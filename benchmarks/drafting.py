@@ -64,7 +64,7 @@ def main() -> None:
     )
     print(record.table(HEADS, [row(one, options) for one in found]), f"command: {record.command()}", sep="\n\n")
     facts = {"command": record.command(), "machine": record.machine(), "results": found}
-    record.save(options.output, "drafting", facts)
+    record.save(options.output, f"drafting-{options.shape}-{options.rows}", facts)
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

@@ -17,8 +17,11 @@ from jaxtyping import Array, Int
 from pit_jax.core.types import Prompts
 from pit_jax.sharding.rules import constrain
 
-MATCHED = 3
-"""Most tokens by which a place is recognised; as many as are alike there, so fewer do."""
+MATCHED, NEAR = 3, 8
+"""A place behind so many of a row's newest tokens is taken wherever it is; each of fewer makes up for `NEAR` columns.
+
+Words repeat: of the places behind one word that is alike most are in other sentences.
+"""
 _NOTHING, _NO_TOKEN = -1, -2
 """What stands where a source has no token, and what a row has before its first one: they are never alike."""
 
@@ -59,9 +62,8 @@ def propose(
 ) -> tuple[Int[Array, "B K"], Int[Array, " B"]]:
     """Return the K tokens that will probably follow, and the column where they were found.
 
-    That is the column behind most of the row's newest tokens, of `MATCHED`; among equals the one nearest to where the
-    row is expected to go on. So a row that changes a word goes on behind it, and one that leaves words out or puts
-    words in is found again a token later.
+    That is a column behind tokens like the row's newest, near to where the row is expected to go on. So a row that
+    changes a word goes on behind it, and one that leaves words out or puts words in is found again a token later.
 
     Args:
       source: where to look; it expects the next token at `place`.
@@ -80,7 +82,7 @@ def propose(
         newest = _at(tokens, (count - back)[:, None], _NO_TOKEN)
         same = same & (before[:, MATCHED - back : MATCHED - back + length] == newest)
         alike = alike + same
-    score = alike * (2 * length) - jnp.abs(columns - source.place[:, None])
+    score = jnp.where(alike == MATCHED, 2 * length, NEAR * alike) - jnp.abs(columns - source.place[:, None])
     score = jnp.where(known, score, jnp.iinfo(jnp.int32).min)
     best = jnp.max(score, axis=1, keepdims=True)
     found = jnp.min(jnp.where(score == best, columns, length), axis=1)

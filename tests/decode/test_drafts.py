@@ -246,6 +246,13 @@ def test_what_follows_the_newest_tokens_is_proposed(said: list[int], place: int,
         assert _proposed(_prompts([([8, 9], REFERENCE)], width), said, place)[0] == expected
 
 
+def test_one_word_is_found_nearby_and_three_anywhere() -> None:
+    prompts = _prompts([([7, 8, *range(30, 50)], REFERENCE)], 32)
+    assert _proposed(prompts, [21, 7], 24) == ([13, 14, 12], 24)
+    assert _proposed(prompts, [30, 31], 24) == ([13, 14, 12], 24)
+    assert _proposed(prompts, [30, 31, 32], 24) == ([33, 34, 35], 5)
+
+
 def test_the_first_draft_begins_where_the_reference_does() -> None:
     prompts = _prompts([([8, 9, 11], REFERENCE)], 12)
     assert int(drafts.source(jax.tree.map(jnp.asarray, prompts), 1, EOS).place[0]) == 3

@@ -46,7 +46,7 @@ def test_a_benchmark(tmp_path: pathlib.Path, module: str, kind: str) -> None:
 def test_drafting_says_how_many_passes_it_saves(tmp_path: pathlib.Path) -> None:
     arguments = ("--rows=2", "--prompt=16", "--response=8", "--drafts", "3", "--right", "0.0", "1.0", "--repeats=2")
     said = run("drafting", *arguments, f"--output={tmp_path}")
-    found = json.loads((tmp_path / "drafting.json").read_text())
+    found = json.loads((tmp_path / "drafting-tiny-2.json").read_text())
     assert "-m benchmarks.drafting --shape=tiny" in said and "-m benchmarks.drafting" in found["command"]
     assert [(one["drafted"], one["passes"]) for one in found["results"]] == [(0, 7), (3, 7), (0, 7), (3, 2)]
     assert all(len(one["seconds"]) == 2 and one["ratio"] > 0 for one in found["results"])
