@@ -172,7 +172,7 @@ class Sampler:
         if size == 0:
             prompts = jax.tree.map(lambda leaf: np.repeat(leaf, samples, axis=0), prompts)
             count, samples, size = len(keys), 1, self.batch_size
-        portion = self._portion(count, samples)
+        portion = self.portion(count, samples)
         if portion:
             yield self._refilled(params, prompts, keys, portion), len(keys)
             return
@@ -192,8 +192,8 @@ class Sampler:
             )
             yield in_turn(drawn), real * samples
 
-    def _portion(self, count: int, samples: int) -> int:
-        """Return how many prompts take the places of rows that have ended at a time; 0 where a batch stays whole."""
+    def portion(self, count: int, samples: int) -> int:
+        """Return how many of `count` prompts take the places of rows that have ended; 0 where a batch stays whole."""
         if not self.portions or count * samples <= self.batch_size:
             return 0
         parts = 1 if self.mesh is None else row_parts(self.mesh)
@@ -201,9 +201,11 @@ class Sampler:
         prompts = -(-max(1, self.batch_size // self.portions // samples) // parts) * parts
         return prompts if prompts * samples <= self.batch_size else 0
 
-    def _refilled(self, params: Params, prompts: Prompts, keys: Key[Array, " N"], portion: int) -> Samples:
+    @property
+    def refilling(self) -> refill.Program:
+        """What decides which programs are compiled where rows are replaced."""
         sampling = self.sampling
-        program = refill.Program(
+        return refill.Program(
             lm=self.lm,
             rows=self.batch_size,
             top_k=sampling.top_k,
@@ -214,8 +216,10 @@ class Sampler:
             eos_ids=tuple(self.eos_ids),
             pad_id=self.pad_id,
         )
+
+    def _refilled(self, params: Params, prompts: Prompts, keys: Key[Array, " N"], portion: int) -> Samples:
         place = functools.partial(_place, mesh=self.mesh)
-        return refill.sample(params, prompts, keys, sampling.temperature, program, portion, place)
+        return refill.sample(params, prompts, keys, self.sampling.temperature, self.refilling, portion, place)
 
     def answer(self, params: Params, rows: Sequence[PromptRow], keys: Key[Array, " N"]) -> list[Response]:
         """Return a sampled response for each key, N / X successive ones for each of X prompt rows; none for none."""
@@ -273,7 +277,7 @@ class Scorer:
             members = (index[:, None] * self.samples + np.arange(self.samples)[None, :]).reshape(-1)
             prompts = rows_to_prompts([rows[i * self.samples] for i in index], self.width, self.pad_id)
             batch = with_answers(prompts, [closed[i] for i in members], self.length, self.pad_id)
-            scored = in_turn(_score(params, _place(batch, self.mesh), self.model))
+            scored = in_turn(batch_scores(params, _place(batch, self.mesh), self.model))
             parts.append((members[: real * self.samples], scored))
 
         def wait() -> Float[np.ndarray, " N"]:
@@ -296,5 +300,6 @@ def _place(batch: Any, mesh: Mesh | None) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _score(params: Params, batch: Conditional, model: RewardModel) -> Float[Array, " B"]:
+def batch_scores(params: Params, batch: Conditional, model: RewardModel) -> Float[Array, " B"]:
+    """Return the score of the one example of each row: the program of `Scorer`."""
     return model.scores(params, batch, 1)[:, 0]

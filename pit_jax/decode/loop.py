@@ -39,6 +39,26 @@ def generate(
     Raises:
       ConfigError: `max_new` is not positive, `eos_ids` is empty, or the keys cannot be shared out among the prompts.
     """
+    function, arguments = call(lm, params, prompts, keys, sampling, max_new=max_new, eos_ids=eos_ids, pad_id=pad_id)
+    return function(*arguments)
+
+
+def call(
+    lm: ConditionalLM,
+    params: Params,
+    prompts: Prompts,
+    keys: Key[Array, " B"],
+    sampling: Sampling,
+    *,
+    max_new: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> tuple[Any, tuple[Any, ...]]:
+    """Return the jitted function that `generate` calls and its arguments; shapes in the place of arrays will do.
+
+    Raises:
+      ConfigError: as of `generate`.
+    """
     if max_new < 1:
         raise invalid("generate.max_new", max_new, "be at least 1", "Leave room for a response in the lengths.")
     if not eos_ids:
@@ -56,7 +76,7 @@ def generate(
         eos_ids=tuple(eos_ids),
         pad_id=pad_id,
     )
-    return _run(params, prompts, keys, jnp.float32(sampling.temperature), program)
+    return _run, (params, prompts, keys, jnp.float32(sampling.temperature), program)
 
 
 @functools.partial(jax.jit, static_argnames="program")

@@ -86,6 +86,36 @@ def sample(
         slots = _advance(ready, slots, heat, jnp.int32(enough), program)
 
 
+def calls(
+    params: Params, prompts: Prompts, keys: Key[Array, " R"], temperature: float, program: Program
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return what `sample` compiles, as jitted functions with their arguments: shapes in the place of arrays will do.
+
+    "prompts" reads a portion and puts it into the batch; "tokens" goes on until rows are over, and makes the parameters
+    ready, which `sample` does once. The batch is given without places: the functions cut it as they always do.
+
+    Args:
+      params: the parameters.
+      prompts: of one portion.
+      keys: one for each of their samples.
+      temperature: of `Sampling`.
+      program: the shapes and settings.
+    """
+    samples, heat = keys.shape[0] // prompts.tokens.shape[0], jnp.float32(temperature)
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape[1:]), leaf.dtype), prompts)
+    streams = jax.ShapeDtypeStruct((1, samples), keys.dtype)
+    slots = jax.eval_shape(functools.partial(_empty, program=program), params, one, streams)
+    rows = jax.ShapeDtypeStruct(keys.shape, jnp.int32)
+
+    def tokens(params: Params, slots: Slots, heat: Array, enough: Array) -> Slots:
+        return _advance(program.lm.ready(params), slots, heat, enough, program)
+
+    return {
+        "prompts": (_admit, (params, slots, prompts, keys, rows, heat, program)),
+        "tokens": (jax.jit(tokens, donate_argnums=1), (params, slots, heat, jnp.int32(program.rows))),
+    }
+
+
 class _Found:
     """The samples that are there."""
 

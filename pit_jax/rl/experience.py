@@ -237,13 +237,13 @@ def _cutter(mesh: Mesh) -> Callable[[Experience, Array | None, int, int, int], E
 
     def cut(tree: Experience, order: Array | None, number: Array, minibatches: int, microbatches: int) -> Experience:
         ordered = tree if order is None else jax.tree.map(functools.partial(_reordered, order=order), tree)
-        parts = jax.tree.map(
+        return jax.tree.map(
             lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number * microbatches, microbatches),
             split(ordered, minibatches * microbatches),
         )
-        return jax.lax.with_sharding_constraint(parts, batch_shardings(parts, mesh, row_axis=1))
 
-    return jax.jit(cut, static_argnums=(3, 4))
+    # The places are those that `put_batch` names: a step that was compiled ahead is found by them.
+    return jax.jit(cut, static_argnums=(3, 4), out_shardings=batch_shardings(0, mesh, row_axis=1))
 
 
 def _reordered(leaf: Array, order: Array) -> Array:

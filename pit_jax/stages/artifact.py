@@ -64,8 +64,9 @@ def _order(run: epath.Path) -> list[str]:
 
 HARMLESS = frozenset(
     {"tensorboard", "wandb_project", "mesh", "log_every", "eval_every", "checkpoint_every", "keep", "keep_best"}
-    # Whether prompts are computed once for their responses, rows that have ended are replaced, tokens are drafted.
-    | {"share_prompts", "portions", "draft_tokens"}
+    # Whether prompts are computed once for their responses, rows that have ended are replaced, tokens are drafted, and
+    # when programs are compiled.
+    | {"share_prompts", "portions", "draft_tokens", "compile_threads"}
     # How patiently an endpoint is asked and what it may cost (evaluation/endpoint_config.py), not what it is asked.
     | {"limits", "budget", "key_env"}
 )

@@ -115,7 +115,7 @@ class Dpo:
             name=self.name,
             learning=learning,
             source=self._source(run, split),
-            evaluate=mean_over(parts, learning.measured, run.mesh),
+            evaluate=mean_over(parts, learning, run),
         )
         params = train(trainer, reference, {REFERENCE: reference})
         examples = examples[: self.report_records]

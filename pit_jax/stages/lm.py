@@ -76,7 +76,7 @@ class LanguageModel:
             source=together.same_everywhere(
                 open_source(self.data, view="lm", split="train", codec=codec, seed=run.seed_for(self.name)), self.name
             ),
-            evaluate=mean_over(parts, learning.measured, run.mesh),
+            evaluate=mean_over(parts, learning, run),
         )
         train(trainer, initial_params(run, self))
         return finished(directory) or {}

@@ -23,6 +23,8 @@ from pit_jax.stages.rl import Rl
 from pit_jax.stages.run import Experiment, Run
 from pit_jax.stages.sft import Sft
 from pit_jax.stages.srt_tune import SrtTune
+from pit_jax.stages.training_programs import ahead
+from pit_jax.train.compiling import Compiling, threads
 
 _LOG = logging.getLogger(__name__)
 _TAKEN = ("report", "tokenizer")
@@ -170,7 +172,9 @@ def run_stage(run: Run, stage: Stage) -> None:
         return
     begin = run.began = time.monotonic()
     processes.barrier(f"begin of {stage.name}")
-    with rules.use(run.mesh, run.rules):  # what activations are cut by, see `sharding.rules.constrain`
+    compiling = Compiling(threads(run.experiment.compile_threads), lambda: ahead(run, stage))
+    # `rules.use`: what activations are cut by, see `sharding.rules.constrain`.
+    with rules.use(run.mesh, run.rules), compiling as run.compiling:
         result = stage.run(run)
     run.finish(stage.name, result)
     _LOG.info("%s: done in %s", stage.name, duration(time.monotonic() - begin))

@@ -1,10 +1,11 @@
-"""A run on paper: what a stage asks a run for, answered with shapes."""
+"""Runs on paper: what a stage asks a run for, answered with shapes."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
@@ -14,40 +15,24 @@ from pit_jax.models.api import ConditionalLM
 from pit_jax.models.heads import ScalarModel
 from pit_jax.models.trained import Network, divide, has_head, whole
 from pit_jax.stages.artifact import split_reference
-from pit_jax.stages.pipeline import Recipe
 from pit_jax.stages.reward import Reward
 from pit_jax.stages.run import Run
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer
 
+if TYPE_CHECKING:
+    from pit_jax.stages.pipeline import Recipe
+
 BYTES = "bytes"
 
 
-class PlannedRun(Run):
-    """A run of which nothing exists: shapes in the place of parameters, a tokenizer if it can be read.
+class RunOnPaper(Run, abc.ABC):
+    """A run with shapes in the place of parameters, so that a stage's programs come from the stage's own code."""
 
-    What a stage asks a run for, it gets from here, so that its programs come from the stage's own code.
-    """
-
-    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
-        super().__init__(recipe.model_dir, recipe.seed, recipe.experiment)
-        self.remarks: list[str] = []
-        self._stages: Mapping[str, Any] = {stage.name: stage for stage in recipe.stages}
-        self.__dict__["mesh"] = mesh  # in the place of what `Run.mesh` would make of this machine's devices
-        self.__dict__["tokenizer"] = self._readable_tokenizer()
+    def __init__(self, run: Run, mesh: Mesh, tokenizer: Tokenizer) -> None:
+        super().__init__(str(run.directory), run.seed, run.experiment)
+        # In the place of what `Run` would make: a mesh of this machine's devices, a tokenizer that may be trained.
+        vars(self).update(mesh=mesh, tokenizer=tokenizer)
         self._base: Params | None = None
-
-    def _readable_tokenizer(self) -> Tokenizer:
-        chosen = self.experiment.tokenizer
-        if isinstance(chosen, SentencePieceTraining):
-            self.remarks.append(
-                "The tokenizer is trained by the run: templates are counted in bytes, a little too long."
-            )
-            return load_tokenizer(BYTES)
-        try:
-            return load_tokenizer(chosen)
-        except (PitError, OSError):
-            self.remarks.append(f"The tokenizer {chosen!r} cannot be read here: templates are counted in bytes.")
-            return load_tokenizer(BYTES)
 
     def params(self, reference: str, lm: ConditionalLM | None = None) -> Params:
         """Return the shapes of a checkpoint's parameters, with its head if it has one; a base is shared."""
@@ -73,6 +58,36 @@ class PlannedRun(Run):
         del role
         return self.trunk(reference, lm)
 
+    @abc.abstractmethod
+    def _network_of(self, reference: str) -> Network:
+        """Return the network of a checkpoint."""
+
+    @abc.abstractmethod
+    def _stands_on_base(self, reference: str) -> bool:
+        """Return whether a checkpoint's adapters are on the run's base."""
+
+
+class PlannedRun(RunOnPaper):
+    """A run of which nothing exists: a tokenizer if it can be read."""
+
+    def __init__(self, recipe: Recipe, mesh: Mesh) -> None:
+        self.remarks: list[str] = []
+        self._stages: Mapping[str, Any] = {stage.name: stage for stage in recipe.stages}
+        tokenizer = self._readable_tokenizer(recipe.experiment.tokenizer)
+        super().__init__(Run(recipe.model_dir, recipe.seed, recipe.experiment), mesh, tokenizer)
+
+    def _readable_tokenizer(self, chosen: str | SentencePieceTraining) -> Tokenizer:
+        if isinstance(chosen, SentencePieceTraining):
+            self.remarks.append(
+                "The tokenizer is trained by the run: templates are counted in bytes, a little too long."
+            )
+            return load_tokenizer(BYTES)
+        try:
+            return load_tokenizer(chosen)
+        except (PitError, OSError):
+            self.remarks.append(f"The tokenizer {chosen!r} cannot be read here: templates are counted in bytes.")
+            return load_tokenizer(BYTES)
+
     def reward_model(self, reference: str, role: str) -> ScalarModel:
         """Return the network of a reward model; one of another run is taken to have the default head."""
         del role
@@ -85,3 +100,23 @@ class PlannedRun(Run):
 
     def _stands_on_base(self, reference: str) -> bool:
         return split_reference(reference)[0] in self._stages or reference == self.experiment.base
+
+
+class RunAhead(RunOnPaper):
+    """An open run before it has read any parameters; what it makes to be compiled is the run's own."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run, run.mesh, run.tokenizer)
+        self.compiling = run.compiling
+        self._run = run
+
+    def reward_model(self, reference: str, role: str) -> ScalarModel:
+        """Return the network of a reward model."""
+        return self._run.reward_model(reference, role)
+
+    def _network_of(self, reference: str) -> Network:
+        found = self._run.artifact(reference).network
+        return dataclasses.replace(found, lm=self.lm) if isinstance(found, ScalarModel) else self.lm
+
+    def _stands_on_base(self, reference: str) -> bool:
+        return self._run.artifact(reference).lm.config.lora is not None or reference == self.experiment.base

@@ -97,7 +97,7 @@ class Reward:
                 name=self.name,
                 learning=learning,
                 source=run.source(self.view, "train", stream=self.name),
-                evaluate=mean_over(parts, learning.measured, run.mesh),
+                evaluate=mean_over(parts, learning, run),
             ),
             self._initial(run, model),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,7 @@ from pit_jax.stages.artifact import SNAPSHOTS
 from pit_jax.stages.rl_program import Frozen, HeldOut, Parts, RlProgram
 from pit_jax.stages.run import Run
 from pit_jax.stages.supervised import initial_state, run_files
+from pit_jax.text.codec import PromptRow
 from pit_jax.train.best import KeepBest
 from pit_jax.train.loop import Loop, finished, fit
 from pit_jax.train.optim import Optimizer, learning_rate
@@ -155,7 +157,8 @@ class Rl:
     def step(self, run: Run, shardings: TrainState) -> Step:
         """Return the update of the stage."""
         loss = objective(run.lm_of(self), self.rl)
-        return make_step(loss, self.training.optimizer, steps=self.updates, shardings=shardings)
+        make = functools.partial(make_step, steps=self.updates, shardings=shardings)
+        return run.compiling.once("step", lambda: make(loss, self.training.optimizer))
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""
@@ -268,14 +271,19 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
     examples = run.examples("evaluate", "validation", limit=stage.training.evaluation_prompts)
     batch = stage.training.rollout_batch
     answerers = stage.answerers(run, rows=batch, references=batch)
-    met = _held_out_contexts(run, stage, answerers.policy_sampler, frozen, examples)
-    keys = row_keys(key_for(run.seed, f"{stage.name}/held out"), np.arange(len(met)))
+    keys = row_keys(key_for(run.seed, f"{stage.name}/held out"), np.arange(len(examples)))
     codec = run.codec
-    rows = [codec.improver_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
-    scored = [codec.gap_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
     quality = None if run.experiment.judge is None else judges.import_function(run.experiment.judge)
 
+    @functools.cache  # at the first look: what is sampled for it is not to delay the first step
+    def asked() -> tuple[list[Context], list[PromptRow], list[PromptRow]]:
+        met = _held_out_contexts(run, stage, answerers.policy_sampler, frozen, examples)
+        rows = [codec.improver_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
+        return met, rows, [codec.gap_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
+
     def look(params: Params) -> dict[str, float]:
+        run.compiling.wait("later")
+        met, rows, scored = asked()
         answers = answerers.sampler.answer(params, rows, keys)
         result = {
             "reward": float(np.mean(answerers.scorer.score(frozen.reward, scored, answers))),

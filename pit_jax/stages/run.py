@@ -65,6 +65,7 @@ from pit_jax.stages.tokenizers import make_tokenizer, save_tokenizer
 from pit_jax.text.codec import Codec, Lengths
 from pit_jax.text.template import Templates
 from pit_jax.text.tokenizer import SentencePieceTraining, Tokenizer, load_tokenizer
+from pit_jax.train.compiling import Compiling
 
 TOKENIZER = "tokenizer"
 
@@ -97,6 +98,8 @@ class Experiment:
     the same.
     draft_tokens: what the improver will say next is guessed from the reference in its prompt, so many tokens at a time,
     and checked in one pass (`decode.sampling.Sampling`, which says when it pays); 0 for none. The samples are the same.
+    compile_threads: that compile a stage's programs ahead of its first step, several at a time; None for one each core
+    where there are enough (`train.compiling`), 0 for none: then programs are compiled one by one, when called.
     """
 
     model: ModelConfig
@@ -109,6 +112,7 @@ class Experiment:
     adapters: Adapters | None = None
     portions: int = 0
     draft_tokens: int = 0
+    compile_threads: int | None = None
     tensorboard: bool = True
     wandb_project: str | None = None
 
@@ -122,6 +126,8 @@ class Experiment:
             raise invalid("Experiment.draft_tokens", self.draft_tokens, "be at least 0", "Use 0 to guess no tokens.")
         if self.portions < 0:
             raise invalid("Experiment.portions", self.portions, "be at least 0", "Use 0 for whole batches.")
+        if self.compile_threads is not None and self.compile_threads < 0:
+            raise invalid("Experiment.compile_threads", self.compile_threads, "be at least 0", "Leave it out.")
         if self.model.lora is not None:
             fix = "Set Experiment.adapters, which also says what they stand on."
             raise invalid("Experiment.model.lora", self.model.lora, "not be set", fix)
@@ -174,6 +180,8 @@ class Run:
         self.lm = language_model(dataclasses.replace(experiment.model, **changes))
         """The model that answers and scores: with adapters, where the run has them."""
         self.began: float | None = None  # the newest stage, by `time.monotonic`
+        self.compiling = Compiling()
+        """What the stage compiles."""
         self._bases: dict[str, Params] = {}
 
     @classmethod
@@ -305,6 +313,7 @@ class Run:
         directory, _ = self.stage_directory(stage.name), self.codec  # all processes make the codec together
         claimed = functools.partial(self._begin, stage, network, snapshots)
         together.write(f"begin of {stage.name}", claimed, directory / MANIFEST, directory / TOKENIZER)
+        self.compiling.start()
         return directory
 
     def _begin(self, stage: Any, network: Network, snapshots: Mapping[str, int]) -> None:

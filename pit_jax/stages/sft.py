@@ -68,7 +68,7 @@ class Sft:
             name=self.name,
             learning=learning,
             source=run.source(self.view, "train", stream=self.name),
-            evaluate=mean_over(parts, learning.measured, run.mesh),
+            evaluate=mean_over(parts, learning, run),
         )
         train(trainer, initial_params(run, self))
         return finished(directory) or {}

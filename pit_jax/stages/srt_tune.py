@@ -78,7 +78,7 @@ class SrtTune:
             name=self.name,
             learning=learning,
             source=self._source(run, examples.train),
-            evaluate=mean_over(parts, learning.measured, run.mesh),
+            evaluate=mean_over(parts, learning, run),
         )
         train(trainer, initial_params(run, self))
         report = examples.report

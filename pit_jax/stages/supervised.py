@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -141,10 +142,15 @@ class Learning:
         loss, metrics = self.measure(params, batch, None)  # type: ignore[arg-type]
         return metrics | {"loss": loss}
 
-    def step(self, shardings: TrainState) -> Step:
+    def step(self, run: Run, shardings: TrainState) -> Step:
         """Return the update of the stage."""
         training = self.training
-        return make_step(self.objective, training.optimizer, steps=training.loop.steps, shardings=shardings)
+        make = functools.partial(make_step, steps=training.loop.steps, shardings=shardings)
+        return run.compiling.once("step", lambda: make(self.objective, training.optimizer))
+
+    def measurer(self, run: Run) -> Callable[[Params, Any], Metrics]:
+        """Return the compiled function of parameters and a held-out batch: its metrics."""
+        return run.compiling.once("held-out loss", lambda: everywhere(self.measured, run.mesh))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +181,7 @@ def train(trainer: Trainer, params: Params, beside: Params | None = None) -> Par
     program = SupervisedProgram(
         source=trainer.source,
         collator=learning.collator,
-        step=learning.step(shardings),
+        step=learning.step(run, shardings),
         evaluate=trainer.evaluate,
         key_stream=(run.seed, f"{trainer.name}/dropout"),
         mesh=run.mesh,
@@ -199,6 +205,7 @@ def run_files(run: Run, name: str) -> RunFiles:
         tensorboard=experiment.tensorboard,
         wandb_project=experiment.wandb_project,
         began=run.began,
+        compiling=run.compiling,
     )
 
 
@@ -263,11 +270,9 @@ def collators(
     return first, second
 
 
-def mean_over(
-    parts: Sequence[Any], measure: Callable[[Params, Any], Metrics], mesh: Mesh
-) -> Callable[[Params], dict[str, float]]:
+def mean_over(parts: Sequence[Any], learning: Learning, run: Run) -> Callable[[Params], dict[str, float]]:
     """Return a function of parameters: the metrics of all held-out batches together, divided once."""
-    compiled = everywhere(measure, mesh)
+    compiled, mesh = learning.measurer(run), run.mesh
 
     def evaluate(params: Params) -> dict[str, float]:
         sums: dict[str, tuple[float, float]] = {}

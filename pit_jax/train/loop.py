@@ -35,10 +35,11 @@ from pit_jax.io.writers import TIMING, MetricWriter, json_values
 from pit_jax.sharding import processes
 from pit_jax.sharding.place import in_turn
 from pit_jax.train.best import Best, KeepBest
+from pit_jax.train.compiling import Compiling
 from pit_jax.train.state import TrainState
 from pit_jax.train.stopping import Interrupted, Signals
 from pit_jax.train.window import TOKENS as TOKENS
-from pit_jax.train.window import Clock, Compilation, Phases, Window
+from pit_jax.train.window import Clock, Phases, Window
 
 _LOG = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class RunFiles:
 
     directory: gets `checkpoint_STEP/`, `metrics.jsonl`, `tensorboard/` and, at the end, `done.json`.
     began: when the work that leads to the first step began, by `time.monotonic`; None for when training does.
+    compiling: the programs that are being compiled for it, if any are.
     """
 
     directory: epath.PathLike
@@ -110,6 +112,7 @@ class RunFiles:
     tensorboard: bool = True
     wandb_project: str | None = None
     began: float | None = None
+    compiling: Compiling | None = None
 
 
 def finished(directory: epath.PathLike) -> dict[str, Any] | None:
@@ -136,7 +139,8 @@ def fit(program: Program, state: TrainState, loop: Loop, run: RunFiles) -> Train
     """
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(run.directory))
-        clock = Clock(program.phases, stack.enter_context(Compilation()), run.began)
+        compiling = run.compiling or stack.enter_context(Compiling())
+        clock = Clock(program.phases, compiling.compilation, run.began)
         session = stack.enter_context(_Session(program, loop, run, lock, clock))
         state = session.resume(state)
         if session.step == loop.steps and finished(run.directory) is not None:
@@ -240,6 +244,8 @@ class _Session:
 
     def advance(self, state: TrainState) -> TrainState:
         """Do one step; its metrics stay on the device until they are needed."""
+        if self._first and self.run.compiling is not None:
+            self.run.compiling.wait("first")
         state, metrics = self.program.advance(state, self.step)
         in_turn((state, metrics))
         if self._first:
@@ -281,6 +287,8 @@ class _Session:
         self._settle()
         processes.barrier(f"{self.run.name}: evaluating step {self.step}")
         with self._clock.paused() as spent:
+            if self.run.compiling is not None:
+                self.run.compiling.wait("later")
             values = self.program.evaluate(state)
         self._write("eval", values, {TIMING + "seconds": spent()})
         return self._best is not None and self._best.takes(self.step, values)

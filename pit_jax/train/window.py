@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -107,7 +108,7 @@ class Compilation:
 
     def __init__(self) -> None:
         """Start with nothing."""
-        self._seconds = 0.0
+        self._seconds, self._lock = 0.0, threading.Lock()
 
     def __enter__(self) -> Compilation:
         """Begin to listen."""
@@ -120,11 +121,13 @@ class Compilation:
 
     def _add(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self._seconds += duration_secs
+            with self._lock:
+                self._seconds += duration_secs
 
     def read(self) -> float:
         """Return the seconds since the last time."""
-        seconds, self._seconds = self._seconds, 0.0
+        with self._lock:
+            seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
@@ -139,10 +142,9 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new stretch of steps."""
+        """Begin a new stretch of steps; what was compiled before the first belongs to its record."""
         self._since, self._away = time.monotonic(), 0.0
         self._phases.read()
-        self._compilation.read()
 
     def first_step(self) -> float:
         """Return the seconds from the start to now, when the first step is done; the next record has them too."""

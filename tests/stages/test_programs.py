@@ -13,8 +13,10 @@ import pytest
 
 from pit_jax.core.errors import ConfigError
 from pit_jax.data.pack import Packing
-from pit_jax.decode import batches
+from pit_jax.decode import batches, refill
 from pit_jax.models.lora import Lora
+from pit_jax.plan import cost
+from pit_jax.rl.curriculum import Round
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 from pit_jax.stages import rl, supervised
 from pit_jax.stages.pipeline import Recipe
@@ -26,13 +28,14 @@ from . import small
 MESH = MeshConfig(data=2, fsdp=2)
 
 
-def _planned(stage: Any, **experiment: Any) -> dict[str, Program]:
+def _planned(stage: Any, mesh: MeshConfig = MESH, **experiment: Any) -> dict[str, Program]:
     """Return the programs of one of the small recipe's stages, by name."""
     whole = small.recipe(pathlib.Path("run"))
     stages = tuple(stage if old.name == stage.name else old for old in whole.stages)
-    settings = small.experiment(mesh=MESH, **experiment)
+    settings = small.experiment(mesh=mesh, **experiment)
     recipe = dataclasses.replace(whole, experiment=settings, stages=stages)
-    programs, _ = stage_programs(recipe, stage, make_mesh(MESH))
+    count = mesh.data * mesh.fsdp
+    programs, _ = stage_programs(recipe, stage, make_mesh(mesh, devices=jax.devices()[:count]))
     assert len({program.name for program in programs}) == len(programs)
     return {program.name: program for program in programs}
 
@@ -42,6 +45,7 @@ def _seen(tree: Any) -> list[tuple[tuple[int, ...], str, Any]]:
     return [
         (leaf.shape, str(leaf.dtype), leaf.sharding.shard_shape(leaf.shape) if leaf.sharding is not None else None)
         for leaf in jax.tree.leaves(tree)
+        if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
     ]
 
 
@@ -73,16 +77,11 @@ def test_a_run_calls_what_was_planned(
             module, "make_step", lambda *a, make=make, **k: _recording(make(*a, **k), steps, slice(0, 4))
         )
     monkeypatch.setattr(batches, "generate", _recording(batches.generate, answers, slice(1, 4)))
-    small.alone(whole, tmp_path / "run", stage, count=4, mesh=MESH)
+    small.alone(whole, tmp_path / "run", stage, count=4, mesh=MESH, compile_threads=0)
     planned = _planned(stage, tokenizer=str(whole / "tokenizer"))
-    step = planned["step"].arguments
-    # The key is made where the process runs, so only its shape is planned.
-    assert steps[0] == [
-        (shape, dtype, steps[0][n][2] if place is None else place)
-        for n, (shape, dtype, place) in enumerate(_seen(step))
-    ]
+    assert steps[0] == _seen(planned["step"].arguments)
     wanted = {
-        str(_seen(program.arguments)) for name, program in planned.items() if "rollout" in name or "refer" in name
+        str(_seen(program.arguments[:3])) for name, program in planned.items() if "rollout" in name or "refer" in name
     }
     assert {str(call) for call in answers} == wanted
 
@@ -119,6 +118,46 @@ def test_every_stage_has_its_programs() -> None:
         "experience",
     ]
     assert found["evaluate"] == ["policy answers", "reward scores", "improver answers", "gap scores"]
+
+
+ONCE = (Round(name="rlhf", steps=1, references=("chosen",)),)
+REFILLED = small.rl_policy(training=small.rl_training(rollout_batch=8), rounds=ONCE, snapshots=())
+"""Twice as many samples as there are rows."""
+
+
+@pytest.mark.slow
+def test_rows_that_are_replaced_are_planned_as_they_are_run(
+    whole: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(refill, "_admit", _recording(refill._admit, calls, slice(0, 6)))
+    mesh = MeshConfig(data=2)
+    small.alone(whole, tmp_path / "run", REFILLED, count=2, mesh=mesh, portions=2)
+    planned = _planned(REFILLED, mesh, tokenizer=str(whole / "tokenizer"), portions=2)
+    assert "rollout" not in planned
+    wanted = _seen(planned["rollout, prompts"].arguments)
+    assert len(calls) > 1
+    for call in calls:
+        assert [one[:2] for one in call] == [one[:2] for one in wanted]
+        # Where the batch lies follows from the functions; the others are where the plan says.
+        assert [run for run, (*_, place) in zip(call, wanted, strict=True) if place is not None] == [
+            one for one in wanted if one[2] is not None
+        ]
+
+
+def test_rows_that_are_replaced_take_the_work_of_whole_batches() -> None:
+    """A batch read in portions and drawn in one go multiplies as much as the program that does both."""
+    mesh = MeshConfig(data=2)
+    places = make_mesh(mesh, devices=jax.devices()[:2])
+
+    def flops(program: Program) -> float:
+        text = program.lower(places, mesh.rules).compile().as_text()
+        return cost.count(text, dict(places.shape), program.trips).flops
+
+    whole, planned = _planned(REFILLED, mesh)["rollout"], _planned(REFILLED, mesh, portions=2)
+    read, drawn = planned["rollout, prompts"], planned["rollout, tokens"]
+    portion, batch = (program.arguments[n].tokens.shape[0] for program, n in ((read, 2), (whole, 1)))
+    assert batch / portion * flops(read) + flops(drawn) == pytest.approx(flops(whole), rel=0.01)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:

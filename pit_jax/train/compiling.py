@@ -1,0 +1,100 @@
+"""Compiling a stage's programs ahead of their first calls, several at a time.
+
+A function of `jax.jit` that is lowered with shapes, and compiled, has its executable when it is called with arrays of
+these shapes at these places: jax remembers lowered programs by their traces, and a lowered program its executable.
+Tracing holds Python's lock and is done by the caller; XLA does not, and works in threads.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, Protocol, TypeVar
+
+from pit_jax.train.window import Compilation
+
+FEWEST_CORES = 4
+"""With fewer, threads do not pay: XLA's own keep two cores busy for most of the time (docs/performance.md)."""
+
+When = Literal["first", "later"]
+"""When a program is called: in the first step, or in what comes after it."""
+
+_T = TypeVar("_T")
+
+
+class Lowered(Protocol):
+    """A program as `jax.jit(...).lower` returns it."""
+
+    def compile(self) -> Any:
+        """Return the executable; the program remembers it."""
+        ...
+
+
+class Compiling:
+    """The programs of one stage that are being compiled; a context manager for as long as the stage runs.
+
+    Errors of the compiler are raised by `wait`, on the thread that would have met them in a call.
+    """
+
+    def __init__(self, threads: int = 0, programs: Callable[[], Iterable[tuple[When, Lowered]]] = tuple) -> None:
+        """Compile nothing yet.
+
+        Args:
+          threads: that compile; 0 leaves programs to be compiled by their first calls.
+          programs: lowers the stage's programs one after the other, on all hosts the same in the same order.
+        """
+        self.compilation = Compilation()
+        self._threads, self._programs = threads, programs
+        self._functions: dict[str, Any] | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pending: list[tuple[When, Lowered, Future[Any]]] = []
+
+    def __enter__(self) -> Compiling:
+        """Begin to measure, and to remember functions."""
+        self._functions = {}
+        self.compilation.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give up what has not begun; what has goes on, for XLA cannot be stopped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        self.compilation.__exit__()
+        self._functions, self._pool, self._pending = None, None, []
+
+    def once(self, name: str, make: Callable[[], _T]) -> _T:
+        """Return what `make` makes, within a stage the same each time: jit knows programs by their function."""
+        if self._functions is None:
+            return make()
+        if name not in self._functions:
+            self._functions[name] = make()
+        return self._functions[name]
+
+    def start(self) -> None:
+        """Lower the stage's programs, and compile each as soon as it is lowered."""
+        if not self._threads or self._functions is None or self._pool is not None:
+            return
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="compiling")
+        for when, lowered in self._programs():
+            self._pending.append((when, lowered, self._pool.submit(lowered.compile)))
+
+    def wait(self, when: When) -> None:
+        """Wait for the programs of the first step, or for all; call it before theirs.
+
+        Raises:
+          JaxRuntimeError: the compiler refused one.
+        """
+        for due, _, future in self._pending:
+            if when in (due, "later"):
+                future.result()
+        if when == "later":
+            self._pending = []
+
+
+def threads(setting: int | None) -> int:
+    """Return how many threads are to compile: the setting, or for None one for each core where there are enough."""
+    cores = os.cpu_count() or 1
+    if setting is None:
+        return cores if cores >= FEWEST_CORES else 0
+    return setting
