@@ -122,7 +122,7 @@ def compile_all(source: Sequence[str], stage: str, threads: int) -> dict[str, di
         lowered.compile()
         compiling[name] = time.perf_counter() - begin
 
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(threads) as pool:
         futures = []
         for program in programs:
@@ -132,8 +132,8 @@ def compile_all(source: Sequence[str], stage: str, threads: int) -> dict[str, di
             futures.append(pool.submit(compiled, program.name, lowered))
         for future in futures:
             future.result()
-    altogether = time.perf_counter() - begin
-    return {"lowering": lowering, "compiling": compiling, "whole": {"altogether": altogether}}
+    whole = {"altogether": time.perf_counter() - begin, "processors": time.process_time() - busy}
+    return {"lowering": lowering, "compiling": compiling, "whole": whole}
 
 
 def compile_table(source: Sequence[str], stage: str, threads: Sequence[int]) -> dict[str, Any]:
@@ -150,8 +150,9 @@ def compile_table(source: Sequence[str], stage: str, threads: Sequence[int]) -> 
     for name, seconds in lowering.items():
         each = " ".join(f"{one['compiling'][name]:10.1f}" for one in found.values())
         print(f"{name:34} {seconds:10.1f} {each}")
-    each = " ".join(f"{one['whole']['altogether']:10.1f}" for one in found.values())
-    print(f"{'altogether':34} {sum(lowering.values()):10.1f} {each}")
+    for name in ("altogether", "processors"):  # seconds of processors show what a machine that is busy hides
+        each = " ".join(f"{one['whole'][name]:10.1f}" for one in found.values())
+        print(f"{name:34} {sum(lowering.values()):10.1f} {each}")
     return found
 
 
