@@ -3,7 +3,8 @@
     python -m benchmarks.growth [--shape nano] [--tokens 4096] [--rows 8 16 32 64] [--responses 16 32 64 128]
                                 [--steps 5] [--output DIR]
 
-Every measurement is a process of its own.
+Every measurement is a process of its own. The seconds of processors that a step took, and how many processors others
+kept busy meanwhile, say what the times are worth on a machine that is shared.
 """
 
 from __future__ import annotations
@@ -52,25 +53,35 @@ def measured(module: str, *arguments: str) -> Record:
 
 
 def tuning_table(found: list[Record]) -> str:
-    """Return tokens a second by rows, and their ratio to the first."""
+    """Return tokens a second and seconds of processors by rows, and their ratios to the first."""
+    heads = ("rows", "tokens a row", "tokens/s", "to the first", "processor s", "to the first", "others busy")
     rows = [
         (str(one.work.rows), str(one.work.length), f"{one.tokens_per_second:,.0f}",
-         f"{one.tokens_per_second / found[0].tokens_per_second:.3f}")
+         f"{one.tokens_per_second / found[0].tokens_per_second:.3f}", f"{one.processor:.3f}",
+         f"{one.processor / found[0].processor:.3f}", f"{one.disturbance:.1f}")
         for one in found
     ]  # fmt: skip
-    return record.table(("rows", "tokens a row", "tokens/s", "to the first"), rows)
+    return record.table(heads, rows)
 
 
 def sampling_table(found: list[Record]) -> str:
-    """Return seconds of an RL step by generated tokens, and seconds a generated token in ratio to the first."""
-    heads = ("tokens of a sample", "generated a step", "s/step", "ms a generated token", "to the first")
-    each = [one.median / (one.work.rows * one.work.response) for one in found]
-    rows = [
-        (str(one.work.response), str(one.work.rows * one.work.response), f"{one.median:.3f}", f"{1e3 * cost:.3f}",
-         f"{cost / each[0]:.3f}")
-        for one, cost in zip(found, each, strict=True)
-    ]  # fmt: skip
+    """Return seconds of an RL step by generated tokens, and what each token more than in the row above takes."""
+    heads = ("sample", "generated", "s/step", "ms a token more", "processor s", "ms a token more", "others busy")
+    rows = []
+    for before, one in zip([found[0], *found], found, strict=False):
+        more = generated(one) - generated(before)
+        wall, processors = one.median - before.median, one.processor - before.processor
+        each = [f"{1e3 * seconds / more:.3f}" if more else "" for seconds in (wall, processors)]
+        rows.append((
+            str(one.work.response), str(generated(one)), f"{one.median:.3f}", each[0], f"{one.processor:.3f}", each[1],
+            f"{one.disturbance:.1f}",
+        ))  # fmt: skip
     return record.table(heads, rows)
+
+
+def generated(one: Record) -> int:
+    """Return the tokens that a step generates."""
+    return one.work.rows * one.work.response
 
 
 if __name__ == "__main__":

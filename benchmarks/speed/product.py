@@ -163,7 +163,7 @@ def supervised(run: Run, work: Work, changes: Changes) -> Started:
     program = SupervisedProgram(
         source=run.source(stage.view, "train", stream=stage.name),
         collator=learning.collator,
-        step=learning.step(shardings),
+        step=learning.step(run, shardings),
         evaluate=lambda _: {},
         key_stream=(run.seed, stage.name),
         mesh=run.mesh,

@@ -53,6 +53,11 @@ class Record:
         return statistics.median(self.seconds)
 
     @property
+    def processor(self) -> float:
+        """Median seconds of processors of a step."""
+        return statistics.median(self.processors)
+
+    @property
     def tokens_per_second(self) -> float:
         """Throughput of the median step."""
         return self.work.tokens / self.median
@@ -175,7 +180,7 @@ def row(record: Record) -> tuple[str, ...]:
     return (
         f"{record.by} {record.variant}".strip(),
         spread,
-        f"{statistics.median(record.processors):.3f}",
+        f"{record.processor:.3f}",
         f"{record.tokens_per_second:,.0f}",
         f"{record.flops / 1e9:,.1f}",
         f"{record.peak / GIB:.2f}",

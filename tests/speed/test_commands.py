@@ -60,6 +60,17 @@ def test_answers_that_end_early_are_counted_as_they_are(tmp_path: pathlib.Path) 
 
 
 @SLOW
+def test_growth_measures_every_size(tmp_path: pathlib.Path) -> None:
+    sizes = ("--tokens=64", "--rows", "4", "8", "--responses", "4", "8")
+    said = run("growth", *sizes, "--steps=2", f"--output={tmp_path}")
+    assert "| 8    | 8            |" in said and "| 8      | " in said
+    found = json.loads((tmp_path / "growth.json").read_text())
+    assert [one["work"]["rows"] for one in found["sft"]] == [4, 8]
+    assert [one["work"]["response"] for one in found["rl"]] == [4, 8]
+    assert len({one["work"]["rows"] * one["work"]["response"] for one in found["rl"]}) == 2
+
+
+@SLOW
 def test_the_comparison_prints_the_rows_of_the_page(tmp_path: pathlib.Path) -> None:
     arguments = ("--work", "rollout", "--peers=", "--rounds=2", "--steps=2", "--ours", "scan=--set scan_layers=True")
     said = run("peers.compare", *arguments, f"--output={tmp_path}")

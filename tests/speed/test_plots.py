@@ -62,10 +62,14 @@ def test_pictures_are_made_of_the_files(tmp_path: pathlib.Path, monkeypatch: pyt
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["rl_phases.png", "roofline.png"]
 
 
-def test_growth_is_told_in_ratios_to_the_first() -> None:
+def test_growth_is_told_against_the_row_before() -> None:
     one = measured("sft", 2.0)
     slower = dataclasses.replace(one, seconds=(2.5,))
     assert "| 0.800 " in growth.tuning_table([one, slower])
-    short, long = measured("rl", 1.0), measured("rl", 2.2)
-    long = dataclasses.replace(long, work=dataclasses.replace(long.work, response=128))
-    assert "| 1.100 " in growth.sampling_table([short, long])
+    short, long = (
+        dataclasses.replace(found, work=dataclasses.replace(found.work, rows=10, response=response))
+        for found, response in ((measured("rl", 1.0), 100), (measured("rl", 2.2), 200))
+    )
+    first, second = growth.sampling_table([short, long]).splitlines()[2:]
+    assert first.startswith("| 100 ") and "1.200" not in first
+    assert second.startswith("| 200 ") and "| 1.200 " in second  # 1.2 s for 1,000 tokens more
