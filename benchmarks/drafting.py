@@ -1,7 +1,8 @@
 """What drafted tokens save: sampling with and without them, at several shares of right drafts.
 
     python -m benchmarks.drafting [--shape nano] [--rows 4] [--prompt 128] [--response 64] [--drafts 3 7]
-                                  [--right 0.0 0.5 0.8 0.95 1.0] [--repeats 5] [--set cache_dtype=int8] [--output DIR]
+                                  [--right 0.0 0.5 0.8 0.95 1.0] [--draws inverse] [--repeats 5]
+                                  [--set cache_dtype=int8] [--output DIR]
 
 Every answer is dictated (`pit_jax/testing/dictated.py`), so that the same is said with any parameters; the passes of
 the model are computed all the same. The reference, the end of the prompt, is the answer with a share of its tokens
@@ -29,7 +30,7 @@ from benchmarks.speed.product import model_config
 from benchmarks.speed.shapes import SHAPES
 from pit_jax.core.types import Params, Prompts, Samples
 from pit_jax.decode.loop import generate
-from pit_jax.decode.sampling import Sampling
+from pit_jax.decode.sampling import DRAWS, Sampling
 from pit_jax.models.presets.catalog import language_model
 from pit_jax.testing.dictated import Dictated
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, nargs="+", default=[3, 7])
     parser.add_argument("--right", type=float, nargs="+", default=[0.0, 0.5, 0.8, 0.95, 1.0])
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--draws", choices=DRAWS, default="gumbel", help="of the sampler")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the model's config")
     parser.add_argument("--output", type=Path, default=None)
@@ -102,7 +104,7 @@ def sampled(lm: Dictated, params: Params, prompts: Prompts, drafted: int, option
             params,
             prompts,
             jax.random.split(jax.random.key(1), options.rows),
-            Sampling(temperature=options.temperature, draft_tokens=drafted),
+            Sampling(temperature=options.temperature, draws=options.draws, draft_tokens=drafted),
             max_new=options.response,
             eos_ids=(last,),
             pad_id=0,
