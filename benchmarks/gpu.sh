@@ -45,5 +45,9 @@ title against the others
   --python-transformers "${PYTHON_TRANSFORMERS:-$python}" --python-trl "${PYTHON_TRL:-$python}" \
   --python-tunix "${PYTHON_TUNIX:-$python}" --rounds "${ROUNDS:-2}" --steps "$steps" --output "$output/peers"
 
+title starts
+"$python" benchmarks/startup.py --tables compile ahead --runs "${ROUNDS:-2}" --json "$output/startup.json" \
+  || echo "FAILED: startup"
+
 title pictures
 "$python" -m benchmarks.plots "$output" --output "$output" || echo "no pictures; they need matplotlib"

@@ -157,8 +157,9 @@ class Rl:
     def step(self, run: Run, shardings: TrainState) -> Step:
         """Return the update of the stage."""
         loss = objective(run.lm_of(self), self.rl)
-        make = functools.partial(make_step, steps=self.updates, shardings=shardings)
-        return run.compiling.once("step", lambda: make(loss, self.training.optimizer))
+        optimizer, steps = self.training.optimizer, self.updates
+        make = functools.partial(make_step, loss, optimizer, steps=steps, shardings=shardings)
+        return run.compiling.once("step", make)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Train, or continue, and return the last metrics."""

@@ -98,8 +98,8 @@ class Experiment:
     the same.
     draft_tokens: what the improver will say next is guessed from the reference in its prompt, so many tokens at a time,
     and checked in one pass (`decode.sampling.Sampling`, which says when it pays); 0 for none. The samples are the same.
-    compile_threads: that compile a stage's programs ahead of its first step, several at a time; None for one each core
-    where there are enough (`train.compiling`), 0 for none: then programs are compiled one by one, when called.
+    compile_threads: that compile programs of a stage that trains ahead of its first step; 0 for none: then each is
+    compiled when it is called. None: one a core, where there are enough of them (`train.compiling.threads`).
     """
 
     model: ModelConfig

@@ -144,13 +144,13 @@ class Learning:
 
     def step(self, run: Run, shardings: TrainState) -> Step:
         """Return the update of the stage."""
-        training = self.training
-        make = functools.partial(make_step, steps=training.loop.steps, shardings=shardings)
-        return run.compiling.once("step", lambda: make(self.objective, training.optimizer))
+        optimizer, steps = self.training.optimizer, self.training.loop.steps
+        make = functools.partial(make_step, self.objective, optimizer, steps=steps, shardings=shardings)
+        return run.compiling.once("step", make)
 
     def measurer(self, run: Run) -> Callable[[Params, Any], Metrics]:
         """Return the compiled function of parameters and a held-out batch: its metrics."""
-        return run.compiling.once("held-out loss", lambda: everywhere(self.measured, run.mesh))
+        return run.compiling.once("held-out loss", functools.partial(everywhere, self.measured, run.mesh))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pit_jax.train.window import Compilation
 
-FEWEST_CORES = 4
-"""With fewer, threads do not pay: XLA's own keep two cores busy for most of the time (docs/performance.md)."""
+FEWEST_CORES, MOST_THREADS = 4, 8
+"""With fewer cores threads do not pay: on CPUs XLA's own keep 1.7 cores busy. No stage has many more programs."""
 
 When = Literal["first", "later"]
 """When a program is called: in the first step, or in what comes after it."""
@@ -93,8 +93,8 @@ class Compiling:
 
 
 def threads(setting: int | None) -> int:
-    """Return how many threads are to compile: the setting, or for None one for each core where there are enough."""
+    """Return how many threads are to compile: the setting, or for None one for each core, up to a number."""
     cores = os.cpu_count() or 1
     if setting is None:
-        return cores if cores >= FEWEST_CORES else 0
+        return min(cores, MOST_THREADS) if cores >= FEWEST_CORES else 0
     return setting

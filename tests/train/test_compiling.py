@@ -120,7 +120,9 @@ def test_a_call_finds_what_was_compiled() -> None:
         assert at_work.compilation.read() > 0
 
 
-@pytest.mark.parametrize(("cores", "setting", "wanted"), [(2, None, 0), (16, None, 16), (2, 5, 5), (16, 0, 0)])
+@pytest.mark.parametrize(
+    ("cores", "setting", "wanted"), [(2, None, 0), (4, None, 4), (64, None, 8), (2, 5, 5), (64, 0, 0)]
+)
 def test_few_cores_have_no_threads_to_spare(
     cores: int, setting: int | None, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
