@@ -44,6 +44,23 @@ def test_a_small_slice() -> None:
     assert set(loss.seconds_estimate) == {"flops", "memory", "collectives"}
 
 
+@pytest.mark.slow
+def test_rows_that_are_replaced_on_a_small_slice() -> None:
+    bindings = ("run.Experiment.portions=4", "DecoderOnlyConfig.scan_layers=True")
+    recipe = _recipe("demo", "v5e:2x2", *bindings)
+    names = ("held-out rollout, prompts", "held-out rollout, tokens")
+    read, drawn = _plan(recipe, "v5e:2x2", "rl_policy", *names)
+    whole = _plan(_recipe("demo", "v5e:2x2", *bindings[1:]), "v5e:2x2", "rl_policy", "held-out rollout")[0]
+    assert all(program.fits for program in (read, drawn, whole))
+    assert read.cost and drawn.cost and whole.cost and read.memory and drawn.memory
+    assert not (read.cost.uncounted or drawn.cost.uncounted)
+    # A batch is four portions, each read apart and put where rows have ended.
+    assert 4 * read.cost.flops + drawn.cost.flops == pytest.approx(whole.cost.flops, rel=0.05)
+    # The batch's keys and values are given and given back in place.
+    assert read.memory.aliased > 0
+    assert drawn.memory.aliased == pytest.approx(read.memory.aliased, rel=0.01)
+
+
 def test_what_is_far_too_large_is_a_verdict_and_no_error() -> None:
     recipe = _recipe("pit_gemma3_27b", "v5e:2x2", *BOUND)
     (step,) = _plan(recipe, "v5e:2x2", "sft_policy", "step")
