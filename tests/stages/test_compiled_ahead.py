@@ -94,3 +94,10 @@ def test_adapters_too(case: str, whole: pathlib.Path, tmp_path: pathlib.Path, wa
         stage = dataclasses.replace(stage, init_from="sft_policy")
     _run(whole, tmp_path, stage, 1, compile_threads=2, adapters=adapters)
     _check(watch, wanted)
+
+
+@pytest.mark.slow
+def test_samplers_that_draft_too(whole: pathlib.Path, tmp_path: pathlib.Path, watch: Watch) -> None:
+    stage, wanted = CASES["improver"]
+    _run(whole, tmp_path, stage, 1, compile_threads=2, draft_tokens=2)
+    _check(watch, wanted)
