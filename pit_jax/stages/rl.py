@@ -283,7 +283,7 @@ def held_out_judge(run: Run, stage: Rl, frozen: Frozen) -> HeldOut:
         return met, rows, [codec.gap_prompt(*c) if improver else codec.policy_prompt(c.prompt) for c in met]
 
     def look(params: Params) -> dict[str, float]:
-        run.compiling.wait("later")
+        run.compiling.wait()
         met, rows, scored = asked()
         answers = answerers.sampler.answer(params, rows, keys)
         result = {

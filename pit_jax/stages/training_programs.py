@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,7 +32,7 @@ from pit_jax.stages.supervised import everywhere, state_shardings, with_more
 from pit_jax.text.tokenizer import Tokenizer
 from pit_jax.train import optim
 from pit_jax.train import state as train_state
-from pit_jax.train.compiling import Lowered, When
+from pit_jax.train.compiling import Listed, When
 from pit_jax.train.optim import Optimizer
 from pit_jax.train.state import TrainState
 
@@ -39,10 +40,10 @@ Supervised = LanguageModel | Sft | Reward | Dpo | SrtTune
 """Stages that learn from a data set."""
 
 
-def ahead(run: Run, stage: Any) -> Iterator[tuple[When, Lowered]]:
-    """Lower what an open run is about to call in a stage; nothing of stages that do not train.
+def ahead(run: Run, stage: Any) -> Iterator[Listed]:
+    """List what an open run is about to call in a stage; nothing of stages that do not train.
 
-    The update comes first, for it takes longest to compile; then all that the first step needs.
+    The update comes first, for it takes longest to compile.
     """
     planned = RunAhead(run)
     if isinstance(stage, Rl):
@@ -51,9 +52,9 @@ def ahead(run: Run, stage: Any) -> Iterator[tuple[When, Lowered]]:
         programs = supervised(planned, stage)
     else:
         return
-    for program in sorted(programs, key=lambda program: (program.ahead == "later", program.name != "step")):
+    for program in sorted(programs, key=lambda program: program.name != "step"):
         if program.ahead is not None:
-            yield program.ahead, program.function.lower(*program.arguments)
+            yield program.ahead, functools.partial(program.function.lower, *program.arguments)
 
 
 def supervised(run: RunOnPaper, stage: Supervised) -> list[Program]:

@@ -31,24 +31,29 @@ class Lowered(Protocol):
         ...
 
 
+Listed = tuple[When, Callable[[], Lowered]]
+"""When a program is called, and what lowers it."""
+
+
 class Compiling:
     """The programs of one stage that are being compiled; a context manager for as long as the stage runs.
 
     Errors of the compiler are raised by `wait`, on the thread that would have met them in a call.
     """
 
-    def __init__(self, threads: int = 0, programs: Callable[[], Iterable[tuple[When, Lowered]]] = tuple) -> None:
+    def __init__(self, threads: int = 0, programs: Callable[[], Iterable[Listed]] = tuple) -> None:
         """Compile nothing yet.
 
         Args:
           threads: that compile; 0 leaves programs to be compiled by their first calls.
-          programs: lowers the stage's programs one after the other, on all hosts the same in the same order.
+          programs: lists the stage's programs, on all hosts the same in the same order.
         """
         self.compilation = Compilation()
         self._threads, self._programs = threads, programs
         self._functions: dict[str, Any] | None = None
         self._pool: ThreadPoolExecutor | None = None
-        self._pending: list[tuple[When, Lowered, Future[Any]]] = []
+        self._listed: list[Listed] = []
+        self._pending: list[tuple[Lowered, Future[Any]]] = []
 
     def __enter__(self) -> Compiling:
         """Begin to measure, and to remember functions."""
@@ -61,7 +66,7 @@ class Compiling:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
         self.compilation.__exit__()
-        self._functions, self._pool, self._pending = None, None, []
+        self._functions, self._pool, self._listed, self._pending = None, None, [], []
 
     def once(self, name: str, make: Callable[[], _T]) -> _T:
         """Return what `make` makes, within a stage the same each time: jit knows programs by their function."""
@@ -72,24 +77,32 @@ class Compiling:
         return self._functions[name]
 
     def start(self) -> None:
-        """Lower the stage's programs, and compile each as soon as it is lowered."""
-        if not self._threads or self._functions is None or self._pool is not None:
-            return
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="compiling")
-        for when, lowered in self._programs():
-            self._pending.append((when, lowered, self._pool.submit(lowered.compile)))
+        """Lower the programs of the first step, and compile each as soon as it is lowered."""
+        if self._threads and self._functions is not None and self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="compiling")
+            self._listed = list(self._programs())
+            self._submit("first")
 
-    def wait(self, when: When) -> None:
-        """Wait for the programs of the first step, or for all; call it before theirs.
+    def go_on(self) -> None:
+        """Do the same for what comes after the first step, which is done: it was not to wait for them."""
+        self._submit("later")
+
+    def _submit(self, when: When) -> None:
+        for due, lower in self._listed:
+            if due == when and self._pool is not None:
+                lowered = lower()
+                self._pending.append((lowered, self._pool.submit(lowered.compile)))
+        self._listed = [(due, lower) for due, lower in self._listed if due != when]
+
+    def wait(self) -> None:
+        """Wait for the programs that are being compiled; call it before theirs.
 
         Raises:
           JaxRuntimeError: the compiler refused one.
         """
-        for due, _, future in self._pending:
-            if when in (due, "later"):
-                future.result()
-        if when == "later":
-            self._pending = []
+        for _, future in self._pending:
+            future.result()
+        self._pending = []
 
 
 def threads(setting: int | None) -> int:

@@ -195,6 +195,7 @@ class _Session:
         self._saved: int | None = None
         self._owed, self._fresh = False, True
         self._clock, self._first = clock, True
+        self._compiling = run.compiling or Compiling()
 
     def __enter__(self) -> _Session:
         return self
@@ -244,14 +245,15 @@ class _Session:
 
     def advance(self, state: TrainState) -> TrainState:
         """Do one step; its metrics stay on the device until they are needed."""
-        if self._first and self.run.compiling is not None:
-            self.run.compiling.wait("first")
+        if self._first:
+            self._compiling.wait()
         state, metrics = self.program.advance(state, self.step)
         in_turn((state, metrics))
         if self._first:
             self._first = False
             jax.block_until_ready((state, metrics))
             _LOG.info("%s: first step done after %.1f s", self.run.name, self._clock.first_step())
+            self._compiling.go_on()
         self.step += 1
         self._window.add(self.step, metrics)
         if self.bar is not None:
@@ -287,8 +289,7 @@ class _Session:
         self._settle()
         processes.barrier(f"{self.run.name}: evaluating step {self.step}")
         with self._clock.paused() as spent:
-            if self.run.compiling is not None:
-                self.run.compiling.wait("later")
+            self._compiling.wait()
             values = self.program.evaluate(state)
         self._write("eval", values, {TIMING + "seconds": spent()})
         return self._best is not None and self._best.takes(self.step, values)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pit_jax.train import compiling
-from pit_jax.train.compiling import Compiling, Lowered, When
+from pit_jax.train.compiling import Compiling, Listed
 
 LONG = 10.0
 
@@ -46,37 +46,50 @@ class Refused:
 
 def test_programs_are_compiled_at_the_same_time() -> None:
     barrier = threading.Barrier(3)
-    programs: list[tuple[When, Lowered]] = [("first", Meeting(barrier))] * 3
+    programs: list[Listed] = [("first", lambda: Meeting(barrier))] * 3
     with Compiling(3, lambda: programs) as at_work:
         at_work.start()
-        at_work.wait("first")
+        at_work.wait()
     assert not barrier.broken
 
 
-def test_the_first_step_does_not_wait_for_what_comes_later() -> None:
+def test_what_comes_later_begins_after_the_first_step() -> None:
     first, later = Slow(), Slow()
-    first.released.set()
-    with Compiling(2, lambda: [("later", later), ("first", first)]) as at_work:
+    lowered: list[str] = []
+
+    def lower(name: str, program: Slow) -> Slow:
+        lowered.append(name)
+        return program
+
+    programs: list[Listed] = [("later", lambda: lower("later", later)), ("first", lambda: lower("first", first))]
+    with Compiling(2, lambda: programs) as at_work:
         at_work.start()
-        at_work.wait("first")
+        first.released.set()
+        at_work.wait()
         assert first.done
+        assert lowered == ["first"]
+        at_work.go_on()
+        assert lowered == ["first", "later"]
+        assert later.begun.wait(LONG)
         assert not later.done
         later.released.set()
-        at_work.wait("later")
+        at_work.wait()
         assert later.done
 
 
 def test_what_the_compiler_refuses_is_said_where_it_would_be_called() -> None:
-    with Compiling(1, lambda: [("first", Slow()), ("later", Refused())][1:]) as at_work:
+    with Compiling(1, lambda: [("later", Refused)]) as at_work:
         at_work.start()
-        at_work.wait("first")
+        at_work.wait()
+        at_work.go_on()
         with pytest.raises(ValueError, match="too large"):
-            at_work.wait("later")
+            at_work.wait()
 
 
 def test_a_stage_that_ends_early_gives_up_what_has_not_begun() -> None:
     running, waiting = Slow(), Slow()
-    with pytest.raises(KeyboardInterrupt), Compiling(1, lambda: [("first", running), ("first", waiting)]) as at_work:
+    programs: list[Listed] = [("first", lambda: running), ("first", lambda: waiting)]
+    with pytest.raises(KeyboardInterrupt), Compiling(1, lambda: programs) as at_work:
         at_work.start()
         assert running.begun.wait(LONG)
         raise KeyboardInterrupt
@@ -86,13 +99,13 @@ def test_a_stage_that_ends_early_gives_up_what_has_not_begun() -> None:
 
 
 def test_without_threads_nothing_is_lowered() -> None:
-    def programs() -> Iterator[tuple[When, Lowered]]:
+    def programs() -> Iterator[Listed]:
         pytest.fail("was asked for programs")
         yield
 
     with Compiling(0, programs) as at_work:
         at_work.start()
-        at_work.wait("later")
+        at_work.wait()
 
 
 def test_functions_are_made_once_a_stage() -> None:
@@ -110,9 +123,9 @@ def test_a_call_finds_what_was_compiled() -> None:
     function = jax.jit(lambda x: jnp.sin(x) @ x.T)
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     x = jnp.ones((8, 8))
-    with Compiling(1, lambda: [("first", function.lower(shape))]) as at_work:
+    with Compiling(1, lambda: [("first", lambda: function.lower(shape))]) as at_work:
         at_work.start()
-        at_work.wait("first")
+        at_work.wait()
         assert at_work.compilation.read() > 0
         function(x)
         assert at_work.compilation.read() == 0
