@@ -27,7 +27,10 @@ EOS_IDS = (EOS, OTHER_EOS)
 SIZES = {"nano": {"layers": 2, "kv_heads": 1}, "t5-nano": {"encoder_layers": 1, "decoder_layers": 2}}
 
 
-@pytest.fixture(scope="module", params=("toy", *SIZES))
+@pytest.fixture(
+    scope="module",
+    params=("toy", "nano", *(pytest.param(name, marks=pytest.mark.slow) for name in SIZES if name != "nano")),
+)
 def model(request: pytest.FixtureRequest) -> tuple[ConditionalLM, dict]:
     if request.param == "toy":
         return ToyLM(), ToyLM().init(jax.random.key(7))  # pyright: ignore[reportReturnType]

@@ -76,7 +76,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("drafted", [1, 4, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("drafted", [4, *(pytest.param(drafted, marks=pytest.mark.slow) for drafted in (1, 12))])
 def test_samples_are_those_without_drafts(drafted: int) -> None:
     prompts, keys = _drawn(24, VOCAB), _keys(48)
     saved = []
@@ -89,7 +89,7 @@ def test_samples_are_those_without_drafts(drafted: int) -> None:
     assert min(saved) > 0, "some drafts are right"
 
 
-@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "learned", "t5gemma_two"))
+@pytest.mark.parametrize("name", tiny.slow_but(MODELS, "learned"))
 def test_every_family_says_the_same(name: str) -> None:
     lm = MODELS[name]
     params, prompts, keys = tiny.params(lm), _drawn(4, tiny.VOCABULARY), _keys(8)
@@ -157,7 +157,10 @@ def test_nothing_is_taken_behind_an_end_of_sequence_or_the_limit() -> None:
     assert np.all(np.asarray(samples.logp)[0, 3:] == 0.0)
 
 
-@pytest.mark.parametrize(("rows", "samples", "portions"), [(4, 1, 4), (6, 3, 1), (3, 2, 8)])
+@pytest.mark.parametrize(
+    ("rows", "samples", "portions"),
+    [(3, 2, 8), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, 1, 4), (6, 3, 1)))],
+)
 def test_rows_that_are_replaced_have_drafts_too(rows: int, samples: int, portions: int) -> None:
     prompts, keys = _drawn(11, VOCAB), _keys(11 * samples)
     expected = _sampler(TOY, 0, batch_size=rows).sample(PARAMS, prompts, keys)

@@ -59,6 +59,7 @@ def logp_with(config: DecoderOnlyConfig, **change) -> np.ndarray:
     return np.asarray(tiny.logp(DecoderOnly(dataclasses.replace(config, **change)), tiny.params(lm), x))
 
 
+@pytest.mark.slow
 def test_local_and_global_layers_have_angles_of_their_own() -> None:
     near_only = dataclasses.replace(tiny.GEMMA3, global_layers=None)
     # Windowed layers read the local base alone, the others the global one with its scaling alone.

@@ -67,7 +67,11 @@ def _step(config: RlConfig, inputs: Conditional) -> tuple[dict, dict]:
     return state.params, metric.values(stats | last)
 
 
-@pytest.mark.parametrize("config", [RlConfig(samples_per_prompt=GROUP), PPO], ids=lambda config: config.estimator)
+@pytest.mark.parametrize(
+    "config",
+    [RlConfig(samples_per_prompt=GROUP), pytest.param(PPO, marks=pytest.mark.slow)],
+    ids=lambda config: config.estimator,
+)
 def test_a_step_on_shared_prompts_is_the_plain_step(config: RlConfig) -> None:
     plain = _sampled()
     shared = share(plain, GROUP)

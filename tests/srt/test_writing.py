@@ -53,7 +53,7 @@ def greedy(model: tuple[ConditionalLM, dict], texts: list[Response]) -> list[np.
     return [row[: len(text.closed(EOS))] for row, text in zip(table, texts, strict=True)]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.8])
 def test_without_beginning_it_is_the_ordinary_sampler(model, temperature) -> None:
     lm, params = model
     found = writer(lm).write(params, ROWS, NOTHING, keys(), Temperatures(temperature, temperature))

@@ -23,6 +23,9 @@ from pit_jax.stages.run import Adapters, Run
 
 from . import small
 
+# The whole recipe with adapters is trained first; tests/stages/test_matrix.py and tests/models have faster cases.
+pytestmark = pytest.mark.slow
+
 LORA = Lora(rank=4, alpha=8.0)
 ADAPTERS = Adapters(base="sft_policy", lora=LORA)
 ADAPTED = ("sft_improver", "reward_bt", "reward_gap", "rl_policy", "rl_improver")

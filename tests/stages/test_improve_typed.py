@@ -93,6 +93,7 @@ def test_an_interrupted_command_goes_on_and_gives_the_same_rows(
     assert not part.exists()
 
 
+@pytest.mark.slow
 def test_portions_change_nothing(whole: pathlib.Path, drafts: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = improved(whole, drafts, iterations=2, accept="always", candidates=1)
     monkeypatch.setattr(module, "_BATCH", 2)

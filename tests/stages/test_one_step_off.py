@@ -63,9 +63,10 @@ def test_answers_come_from_the_parameters_before_the_last_update(whole: pathlib.
 
 @pytest.mark.parametrize(
     "stage",
-    [_stage(), pytest.param(_stage(**PPO), marks=pytest.mark.slow), pytest.param(_improver(), marks=pytest.mark.slow)],
+    [_stage(), _stage(**PPO), _improver()],
     ids=["rloo", "ppo", "improver"],
 )
+@pytest.mark.slow
 def test_a_restart_between_any_two_steps_changes_nothing(
     whole: pathlib.Path, tmp_path: pathlib.Path, stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

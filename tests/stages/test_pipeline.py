@@ -226,6 +226,7 @@ def test_stage_names_must_be_usable() -> None:
         small.recipe(pathlib.Path("x"), stages=(small.sft("policy", name="a:b"),))
 
 
+@pytest.mark.slow
 def test_evaluation_continues_and_does_not_depend_on_the_batch_size(
     whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -175,7 +175,7 @@ def test_only_improvers_draft(run: Run, whole: pathlib.Path) -> None:
     "config",
     [
         pytest.param(RlConfig(estimator="reinforce", samples_per_prompt=2), marks=pytest.mark.slow),
-        RlConfig(estimator="group", samples_per_prompt=2, whiten=True),
+        pytest.param(RlConfig(estimator="group", samples_per_prompt=2, whiten=True), marks=pytest.mark.slow),
         pytest.param(
             RlConfig(
                 estimator="ppo", samples_per_prompt=2, epochs=2, minibatches=2, policy=PolicyLoss(kind="ppo_clip")
