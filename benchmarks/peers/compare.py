@@ -47,7 +47,7 @@ _MICRO, _ONCE = "--training micro_batches=4", "--stage rescore=False"
 OURS: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {
         "sft": {"micro-batches": _MICRO},
-        "rollout": {"inverse": "--stage draws=inverse"},
+        "rollout": {"inverse": "--stage draws=inverse", "two-devices": "--devices 2 --stage draws=inverse"},
         "rl": {"micro-batches": _MICRO, "scored-once": f"{_MICRO} {_ONCE}"},
     },
     "gpu": {"rollout": {"inverse": "--stage draws=inverse"}, "rl": {"scored-once": _ONCE}},

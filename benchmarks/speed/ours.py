@@ -33,7 +33,9 @@ def main(kind: str, description: str | None) -> None:
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="FIELD=VALUE", help=f"fields of {what}")
     parser.add_argument("--mean_length", type=int, default=None, help="rollout: answers end after about so many tokens")
     parser.add_argument("--no_ceilings", action="store_true", help="do not measure what the machine can do")
+    parser.add_argument("--devices", type=int, default=1, help="that share the rows (axis data); on a CPU fake ones")
     arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", arguments.devices)
     shape, work = options.asked(arguments, kind)
     found = measure(arguments, shape, work)
     if not arguments.no_ceilings:
@@ -48,7 +50,7 @@ def measure(arguments: argparse.Namespace, shape: Shape, work: Work) -> Record:
     """Run the steps of one work in this process."""
     config = product.model_config(shape, options.settings(arguments.set))
     laps = Laps(warmup=arguments.warmup)
-    with Compilation() as compilation, product.made_up_run(config, work) as run:
+    with Compilation() as compilation, product.made_up_run(config, work, arguments.devices) as run:
         if work.kind == "rollout":
             phases, extra = _rollouts(run, work, laps, arguments)
         else:

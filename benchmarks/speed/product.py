@@ -31,6 +31,7 @@ from pit_jax.rl.config import RlConfig
 from pit_jax.rl.curriculum import Round
 from pit_jax.rl.rollout import Rollout, rollout, rollout_keys
 from pit_jax.sharding import rules
+from pit_jax.sharding.mesh import MeshConfig
 from pit_jax.stages import answering
 from pit_jax.stages.reward import Reward
 from pit_jax.stages.rl import Rl, RlTraining
@@ -87,8 +88,10 @@ class MadeUpRun(Run):
 
 
 @contextlib.contextmanager
-def made_up_run(config: ModelConfig, work: Work) -> Iterator[Run]:
+def made_up_run(config: ModelConfig, work: Work, devices: int = 1) -> Iterator[Run]:
     """Open a run on random text whose rows have exactly the lengths of the work; its files go at the end.
+
+    The first `devices` devices share the rows.
 
     A byte is a token; the template of the gap reward adds one, which stands for a reference's end-of-sequence token.
     """
@@ -103,6 +106,7 @@ def made_up_run(config: ModelConfig, work: Work) -> Iterator[Run]:
             templates=Templates(
                 policy="{prompt}", improver="{prompt}{reference}>", gap="{prompt}{reference}>", bos=False
             ),
+            mesh=MeshConfig(data=devices),
             tensorboard=False,
         )
         run = MadeUpRun.claim(str(Path(name) / "run"), 0, experiment)

@@ -98,7 +98,7 @@ def test_who_takes_part() -> None:
     assert tuple(entry.label for entry in found) == labels
     assert found[2].command[-3:] == ("--variant=scan", "--set", "scan_layers=True")
     assert found[3].command[0] == "/trl/python"
-    rollouts = ["pit_jax", "pit_jax inverse", "pit_jax scan", "tunix sampler"]
+    rollouts = ["pit_jax", "pit_jax inverse", "pit_jax two-devices", "pit_jax scan", "tunix sampler"]
     assert [entry.label for entry in compare.entries(asked, "rollout")] == rollouts
     assert found[1].command[-3:] == ("--variant=micro-batches", "--training", "micro_batches=4")
     with pytest.raises(SystemExit, match="must be among"):
