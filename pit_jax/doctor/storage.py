@@ -20,25 +20,27 @@ VOLATILE = ("tmpfs", "ramfs", "overlay")
 """File systems whose content is gone when the machine or the container is."""
 
 
+_TRIES, _PAUSE = 20, 0.1
+"""How often, and after how many seconds, what another host may have disturbed is tried again."""
+
+
 def check_storage(directory: str) -> list[Check]:
-    """Write, read and remove a small file in `directory`, which is made where needed and left as it was."""
-    folder = epath.Path(directory)
-    probe = folder / f".doctor-{uuid.uuid4().hex}"
-    text = uuid.uuid4().hex
-    made: list[epath.Path] = []
+    """Write, read and remove a small file in `directory`, which is made where needed and left as it was.
+
+    Other hosts may be doing the same: whoever has made a folder removes it, so it can be gone before a file is in it.
+    """
+    folder, text, back = epath.Path(directory), uuid.uuid4().hex, ""
     start = time.perf_counter()
-    try:
-        _make(folder, made)
-        probe.write_text(text)
-        back = probe.read_text()
-        probe.unlink()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-        fix = "Check the path and your rights to it (for gs://: gcloud auth application-default login)."
-        return [problem("storage", f"{directory}: {error}", fix)]
-    finally:
-        _remove(made)
+    for left in reversed(range(_TRIES)):
+        try:
+            back = _written(folder, text)
+            break
+        except OSError as error:
+            if left and isinstance(error, FileNotFoundError):
+                time.sleep(_PAUSE)
+                continue
+            fix = "Check the path and your rights to it (for gs://: gcloud auth application-default login)."
+            return [problem("storage", f"{directory}: {error}", fix)]
     milliseconds = (time.perf_counter() - start) * 1e3
     if back != text:
         return [problem("storage", f"{directory} gives back other bytes than were written", "Use another place.")]
@@ -46,18 +48,38 @@ def check_storage(directory: str) -> list[Check]:
     return [ok("storage", found), *_room(directory)]
 
 
+def _written(folder: epath.Path, text: str) -> str:
+    """Return what a file in the folder holds after `text` was written to it; nothing is left behind."""
+    probe = folder / f".doctor-{uuid.uuid4().hex}"
+    made: list[epath.Path] = []
+    try:
+        _make(folder, made)
+        probe.write_text(text)
+        return probe.read_text()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        _remove(made)
+
+
 def _make(folder: epath.Path, made: list[epath.Path]) -> None:
     """Make a folder and those above it, noting which; object stores have no folders."""
     if not files.is_local(folder) or folder.exists():
         return
     _make(folder.parent, made)
-    folder.mkdir()
-    made.append(folder)
+    with contextlib.suppress(FileExistsError):  # Another host was faster.
+        folder.mkdir()
+        made.append(folder)
 
 
 def _remove(folders: list[epath.Path]) -> None:
     for folder in reversed(folders):
-        folder.rmdir()
+        for _ in range(_TRIES):
+            try:
+                Path(folder).rmdir()  # epath raises a ValueError of its own
+                break
+            except OSError:  # The file of another host is in it, or this one's, which could not be removed.
+                time.sleep(_PAUSE)
 
 
 def _room(directory: str) -> list[Check]:

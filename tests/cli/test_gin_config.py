@@ -168,7 +168,7 @@ def test_wrong_files_name_file_and_line(folder: Path, line: str, expected: list[
 
 
 def test_a_value_that_scopes_bind_differently_is_looked_for() -> None:
-    rates = ("policy/Optimizer.learning_rate = -2.0", "improver/Optimizer.learning_rate = 1.0")
+    rates = ("policy/parts.Optimizer.learning_rate = -2.0", "improver/parts.Optimizer.learning_rate = 1.0")
     message = _message(MODEL_DIR, *rates)
     assert message.startswith("Optimizer.learning_rate = -2.0 must be positive")
     assert f"set at --gin.{rates[0]}" in message and rates[1] not in message

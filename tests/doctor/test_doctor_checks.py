@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import jax
@@ -162,6 +163,14 @@ def test_storage_is_left_as_it_was(tmp_path: pathlib.Path) -> None:
         assert checks[0].status == "ok" and checks[0].name == "storage"
         assert checks[1].name == "free disk"
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_hosts_that_make_and_remove_one_folder_do_not_disturb_each_other(tmp_path: pathlib.Path) -> None:
+    directory = str(tmp_path / "new" / "run")
+    with ThreadPoolExecutor(4) as hosts:
+        found = list(hosts.map(storage.check_storage, [directory] * 40))
+    assert {checks[0].status for checks in found} == {"ok"}
+    assert not (tmp_path / "new").exists()
 
 
 def test_storage_that_cannot_be_written(tmp_path: pathlib.Path) -> None:
