@@ -54,7 +54,9 @@ def test_the_loop_neither_cuts_weights_nor_copies_caches() -> None:
     text = jax.jit(lambda params: run(lm, params, PROMPTS, keys)).lower(tiny.params(lm)).compile().as_text()
     bodies = [_computation(text, name) for name in set(re.findall(r"body=%?([\w.\-]+)", text))]
     (body,) = [body for body in bodies if "f32[4,2,37,8]" in body]
-    moved = [line for line in body.splitlines() if "unstack" in line and " bitcast(" not in line]
+    # Folding the position into a key unstacks too, integers that are no weights.
+    cut = [line for line in body.splitlines() if "unstack" in line and "= u32" not in line]
+    moved = [line for line in cut if " bitcast(" not in line]
     assert "dot_general" in body and not moved
     assert not re.search(r"= f32\[4,2,37,8\]\S* copy\(", body)
 
