@@ -204,14 +204,10 @@ class Sampler:
     @property
     def refilling(self) -> refill.Program:
         """What decides which programs are compiled where rows are replaced."""
-        sampling = self.sampling
-        return refill.Program(
+        return refill.Program.of(
+            self.sampling,
             lm=self.lm,
             rows=self.batch_size,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            draws=sampling.draws,
-            draft_tokens=sampling.draft_tokens,
             max_new=self.max_new,
             eos_ids=tuple(self.eos_ids),
             pad_id=self.pad_id,

@@ -67,16 +67,7 @@ def call(
     count, each = keys.shape[0], prompts.tokens.shape[0]
     if count % each:
         raise invalid("generate.keys", count, f"be a multiple of the {each} prompts", "Give each as many samples.")
-    program = SampledProgram(
-        lm=lm,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        draws=sampling.draws,
-        draft_tokens=sampling.draft_tokens,
-        max_new=max_new,
-        eos_ids=tuple(eos_ids),
-        pad_id=pad_id,
-    )
+    program = SampledProgram.of(sampling, lm=lm, max_new=max_new, eos_ids=tuple(eos_ids), pad_id=pad_id)
     return _run, (params, prompts, keys, jnp.float32(sampling.temperature), program)
 
 

@@ -9,7 +9,7 @@ passes without guesses give it: the same tokens, not only the same distribution.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pit_jax.core.types import Params, Prompts, Samples
 from pit_jax.decode import drafts
 from pit_jax.decode.drafts import Source
-from pit_jax.decode.sampling import draw
+from pit_jax.decode.sampling import Sampling, draw
 from pit_jax.models.api import ConditionalLM
 from pit_jax.sharding.rules import constrain
 
@@ -59,6 +59,12 @@ class SampledProgram(Program):
     top_k: int
     top_p: float
     draws: str
+
+    @classmethod
+    def of(cls, sampling: Sampling, **fields: Any) -> Self:
+        """Return the program of a sampling; its temperature is an argument, so that no change of it recompiles."""
+        taken = {name: value for name, value in vars(sampling).items() if name != "temperature"}
+        return cls(**taken, **fields)
 
 
 class Alike(NamedTuple):

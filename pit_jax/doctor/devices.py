@@ -5,6 +5,7 @@ Every host runs `examine` at the same time; whatever they do together has a time
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -20,10 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float32
 
 from pit_jax.core.errors import ConfigError
-from pit_jax.doctor import versions
+from pit_jax.doctor import storage, versions
 from pit_jax.doctor.machine import Accelerators
 from pit_jax.doctor.report import Check, from_dict, ok, problem, warning
-from pit_jax.io import files
 from pit_jax.sharding import processes
 from pit_jax.sharding.mesh import MeshConfig, make_mesh
 
@@ -202,17 +202,13 @@ def check_shared(directory: epath.Path, timeout: float) -> Check:
     """Let process 0 write a file that all others must see."""
     name = processes.gather("doctor file", uuid.uuid4().hex, timeout)[0]
     path = directory / f".doctor-{name}"
-    made = processes.is_first() and files.is_local(directory) and not directory.exists()
-    if made:
-        directory.mkdir(parents=True)
-    if processes.is_first():
-        path.write_text(name)
-    processes.barrier("doctor file written", timeout)
-    seen: list[bool] = processes.gather("doctor file seen", path.exists(), timeout)
-    if processes.is_first():
-        path.unlink()
-    if made:
-        directory.rmdir()
+    with storage.there(directory) if processes.is_first() else contextlib.nullcontext():
+        if processes.is_first():
+            path.write_text(name)
+        processes.barrier("doctor file written", timeout)
+        seen: list[bool] = processes.gather("doctor file seen", path.exists(), timeout)
+        if processes.is_first():
+            path.unlink()
     blind = [str(number) for number, sees in enumerate(seen) if not sees]
     if blind:
         found = f"{directory}: process {', '.join(blind)} does not see what process 0 writes"

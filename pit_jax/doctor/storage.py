@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -51,14 +52,23 @@ def check_storage(directory: str) -> list[Check]:
 def _written(folder: epath.Path, text: str) -> str:
     """Return what a file in the folder holds after `text` was written to it; nothing is left behind."""
     probe = folder / f".doctor-{uuid.uuid4().hex}"
+    with there(folder):
+        try:
+            probe.write_text(text)
+            return probe.read_text()
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def there(folder: epath.Path) -> Iterator[None]:
+    """Make a folder and those above it, where they are not there, for as long as the context lasts."""
     made: list[epath.Path] = []
     try:
         _make(folder, made)
-        probe.write_text(text)
-        return probe.read_text()
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
         _remove(made)
 
 

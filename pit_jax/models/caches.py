@@ -31,7 +31,7 @@ Stored = KeysValues | tuple[KeysValues, ...]
 
 A layer's keys must be an array of their own there: a slice of a larger one would be copied for every product.
 """
-Prompts = Turned | tuple[Turned, ...]
+StoredPrompts = Turned | tuple[Turned, ...]
 """The same of prompts, with the keys turned: `[N, X, Kh, E, S]`."""
 
 
@@ -45,7 +45,7 @@ class Cache:
     to be written, of all rows or, where they do not keep step, of each.
     """
 
-    prompt: Prompts
+    prompt: StoredPrompts
     own: Stored
     places: Int[Array, "X S"]
     first: Int[Array, " X"]
@@ -215,7 +215,7 @@ def admit(cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
     )
 
 
-def _prompts(known: KeysValues, unused: int, apart: bool, small: bool) -> Prompts:
+def _prompts(known: KeysValues, unused: int, apart: bool, small: bool) -> StoredPrompts:
     """Return keys and values of prompts in all layers as a cache holds them, with so many empty slots more."""
 
     def held(keys: Float[Array, "*N X S Kh E"], values: Float[Array, "*N X S Kh E"]) -> Turned:
@@ -230,7 +230,7 @@ def _prompts(known: KeysValues, unused: int, apart: bool, small: bool) -> Prompt
     return _cut_prompts(tuple(held(*layer) for layer in zip(*map(jnp.unstack, known), strict=True)))
 
 
-def _cut_prompts(prompts: Prompts) -> Prompts:
+def _cut_prompts(prompts: StoredPrompts) -> StoredPrompts:
     if not isinstance(prompts, Turned):
         return tuple(_cut_turned(one) for one in prompts)
     return _cut_turned(prompts)

@@ -88,9 +88,9 @@ def sampling(
     each = samples if sampler.prompts_at_once(samples) else 1
     count = prompts * samples // each
     portion = sampler.portion(count, each)
-    batch, keys = _prompts(sampler, portion or sampler.prompts_at_once(each), each)
+    batch, streams = _prompts(sampler, portion or sampler.prompts_at_once(each), each)
     if portion:
-        calls = refill.calls(params, batch, keys, sampler.sampling.temperature, sampler.refilling)
+        calls = refill.calls(params, batch, streams, sampler.sampling.temperature, sampler.refilling)
         (admit, read), (advance, drawn) = calls["prompts"], calls["tokens"]
         beside = (*residents, _ready(sampler.lm, params))
         return [
@@ -98,7 +98,7 @@ def sampling(
             Program(name=f"{name}, tokens", function=advance, arguments=drawn, trips=trips, residents=residents),
         ]
     function, arguments = loop.call(
-        sampler.lm, params, batch, keys, sampler.sampling,
+        sampler.lm, params, batch, streams, sampler.sampling,
         max_new=sampler.max_new, eos_ids=sampler.eos_ids, pad_id=sampler.pad_id,
     )  # fmt: skip
     program = Program(name=name, function=function, arguments=arguments, trips=trips, residents=residents, ahead=ahead)
@@ -107,14 +107,8 @@ def sampling(
 
 def _prompts(sampler: Sampler, count: int, samples: int) -> tuple[Prompts, Any]:
     """Return the shapes of prompts and of a key for each of their samples, on the sampler's mesh."""
-    prompts = Prompts(
-        tokens=np.zeros((count, sampler.width), np.int32),  # pyright: ignore[reportArgumentType]
-        mask=np.zeros((count, sampler.width), bool),  # pyright: ignore[reportArgumentType]
-        reference=np.zeros((count, sampler.width), bool),  # pyright: ignore[reportArgumentType]
-    )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count * samples))
     assert sampler.mesh is not None
-    return placed((prompts, keys), sampler.mesh, row_axis=0)
+    return placed((prompt_arrays(count, sampler.width), key_shapes(count * samples)), sampler.mesh, row_axis=0)
 
 
 def _ready(lm: ConditionalLM, params: Params) -> Params:
@@ -173,6 +167,17 @@ def conditional(prompts: int, width: int, responses: int, length: int) -> Condit
         response=response,  # pyright: ignore[reportArgumentType]
         response_segments=response,  # pyright: ignore[reportArgumentType]
     )
+
+
+def prompt_arrays(count: int, width: int) -> Prompts:
+    """Return arrays of so many prompts, of the types that batches have."""
+    tokens, flags = np.zeros((count, width), np.int32), np.zeros((count, width), bool)
+    return Prompts(tokens=tokens, mask=flags, reference=flags)  # pyright: ignore[reportArgumentType]
+
+
+def key_shapes(count: int) -> Any:
+    """Return the shape of so many random keys."""
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
 
 
 def key(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pit_jax.core.errors import ConfigError
-from pit_jax.core.types import Params, Prompts
+from pit_jax.core.types import Params
 from pit_jax.decode.sampling import Sampling
 from pit_jax.srt.text import SrtCodec, SrtText
 from pit_jax.srt.writing import Writer
@@ -19,7 +19,7 @@ from pit_jax.stages.evaluate import Evaluate
 from pit_jax.stages.gap_study import GapStudy
 from pit_jax.stages.pipeline import Recipe, Stage
 from pit_jax.stages.planned import PlannedRun
-from pit_jax.stages.program import Program, on_paper, placed, sampling, scoring
+from pit_jax.stages.program import Program, key_shapes, on_paper, placed, prompt_arrays, sampling, scoring
 from pit_jax.stages.reference_study import ReferenceStudy
 from pit_jax.stages.rl import Rl
 from pit_jax.stages.srt_data import SrtData
@@ -115,15 +115,13 @@ def _refined(run: PlannedRun, stage: SrtPairs, text: SrtText) -> list[Program]:
 def _writing(mesh: Mesh, name: str, author: Writer, params: Params) -> Program:
     """Return the program that writes one batch of SRT's texts."""
     rows = author.batch_size
-    prompts = Prompts(
-        tokens=jnp.zeros((rows, author.width), jnp.int32),
-        mask=jnp.zeros((rows, author.width), bool),
-        reference=jnp.zeros((rows, author.width), bool),
-    )
     given, count = jnp.zeros((rows, author.max_new), jnp.int32), jnp.zeros(rows, jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     heat = jax.ShapeDtypeStruct((2,), jnp.float32)
-    arguments = (params, *placed((prompts, given, count, keys), mesh, row_axis=0), heat)
+    arguments = (
+        params,
+        *placed((prompt_arrays(rows, author.width), given, count, key_shapes(rows)), mesh, row_axis=0),
+        heat,
+    )
     # The first token comes with the prompt's pass; the loop takes or draws the others.
     return Program(name=name, function=jax.jit(author.draw), arguments=arguments, trips=max(author.max_new - 1, 1))
 

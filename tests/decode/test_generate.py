@@ -16,6 +16,7 @@ from pit_jax.decode.loop import generate
 from pit_jax.decode.sampling import Sampling
 from pit_jax.testing.toy import EOS, OTHER_EOS, PAD, ToyLM, ToyReward, all_responses, conditional, toy_codec, worth
 from pit_jax.text.codec import PromptRow, rows_to_prompts
+from tests.decode.distribution import assert_distributed
 
 LM = ToyLM()
 PARAMS = LM.init(jax.random.key(7))
@@ -43,12 +44,7 @@ def test_sequences_follow_the_exact_distribution() -> None:
     samples = _generate(rows_to_prompts(_rows([[3, 5]] * rows), 2, PAD), _keys(rows), length=length)
     every = all_responses(length, EOS_IDS)
     exact = np.exp(np.asarray(LM.logprobs(PARAMS, conditional([3, 5], every, 2, length)).logp).sum(-1))
-    np.testing.assert_allclose(exact.sum(), 1.0, atol=1e-5)
-    number = {row: index for index, row in enumerate(every)}
-    tokens, lengths = np.asarray(samples.tokens), np.asarray(samples.mask).sum(-1)
-    drawn = [number[tuple(int(t) for t in row[:n])] for row, n in zip(tokens, lengths, strict=True)]
-    frequency = np.bincount(drawn, minlength=len(every)) / rows
-    assert np.all(np.abs(frequency - exact) <= 5.0 * np.sqrt(exact * (1.0 - exact) / rows) + 1e-9)
+    assert_distributed(samples, every, exact)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 1.7])

@@ -116,6 +116,11 @@ def test_micro_batches_packing_and_devices_make_the_same_update(
         _assert_close(*params)
 
 
+def _assert_same_step(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key in wanted.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
+        assert found[key] == pytest.approx(wanted[key], rel=1e-5, abs=1e-5), key
+
+
 @pytest.mark.slow
 def test_rl_on_four_devices_takes_the_same_first_step(whole: pathlib.Path, tmp_path: pathlib.Path) -> None:
     # Three contexts do not divide over four devices; neither do the rollout's rows.
@@ -127,8 +132,7 @@ def test_rl_on_four_devices_takes_the_same_first_step(whole: pathlib.Path, tmp_p
     ]
     one, four = (small.records(r.directory, "rl_improver", "train")[0] for r in runs)
     assert one.keys() == four.keys()
-    for key in one.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
-        assert four[key] == pytest.approx(one[key], rel=1e-5, abs=1e-5), key
+    _assert_same_step(four, one)
 
 
 @pytest.mark.slow
@@ -139,8 +143,7 @@ def test_rl_whose_rows_are_replaced_takes_the_same_first_step(whole: pathlib.Pat
     runs = [small.alone(whole, tmp_path / str(portions), stage, portions=portions) for portions in (0, 2)]
     plain, replaced = (small.records(r.directory, "rl_improver", "train")[0] for r in runs)
     assert replaced.keys() == plain.keys()
-    for key in plain.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
-        assert replaced[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), key
+    _assert_same_step(replaced, plain)
 
 
 @pytest.mark.slow
@@ -152,8 +155,7 @@ def test_rl_whose_answers_are_drafted_takes_the_same_first_step(whole: pathlib.P
     plain, drafted = (small.records(r.directory, "rl_improver", "train")[0] for r in runs)
     assert drafted.keys() - plain.keys() == {"tokens_per_pass"} and plain.keys() <= drafted.keys()
     assert drafted["tokens_per_pass"] >= 1.0
-    for key in plain.keys() - {"kind", "sampler_delta/max", "sampler_delta/mean", "kl_old"}:
-        assert drafted[key] == pytest.approx(plain[key], rel=1e-5, abs=1e-5), key
+    _assert_same_step(drafted, plain)
     # How many tokens are drafted may change while a run is under way.
     run = small.alone(whole, tmp_path / "0", stage, draft_tokens=2)
     assert small.records(run.directory, "rl_improver", "train")[0] == plain
