@@ -252,24 +252,21 @@ class DecoderNet(nnx.Module):
             bias = layers.Bias(None, buckets) if own else layers.Bias(self.relative_bias(buckets), None)
         return layers.View(scene=scene, turn=turn, near_turn=near_turn, bias=bias)
 
-    def run(
-        self, row: layers.Row, scene: attending.Scene, key: jax.Array | None, *, keep: bool
-    ) -> tuple[Float[Array, "B L D"], layers.KeysValues | tuple[()]]:
-        """Return the final states of whole rows and, to `keep` for a cache, every layer's keys and values."""
-        (states,), known = self.descend([row], [scene], key, keep=keep)
-        return states, known
+    def run(self, row: layers.Row, scene: attending.Scene, key: jax.Array | None) -> Float[Array, "B L D"]:
+        """Return the final states of whole rows."""
+        return self.descend([row], [scene], key)[0]
 
     def descend(
-        self, rows: Sequence[layers.Row], scenes: Sequence[attending.Scene], key: jax.Array | None, *, keep: bool
-    ) -> tuple[list[Float[Array, "B L D"]], layers.KeysValues | tuple[()]]:
-        """Return the final states of rows in levels, prompts first, and what `run` keeps of the first level."""
+        self, rows: Sequence[layers.Row], scenes: Sequence[attending.Scene], key: jax.Array | None
+    ) -> list[Float[Array, "B L D"]]:
+        """Return the final states of rows in levels, prompts first."""
         embed_key, layer_key = (None, None) if key is None else jax.random.split(key)
         views = [
             self.view(scene, row.positions, sharing.seen(rows[: end + 1]).tokens.positions)
             for end, (row, scene) in enumerate(zip(rows, scenes, strict=True))
         ]
 
-        def body(block: layers.Block, states: tuple, inputs: tuple) -> tuple[tuple, layers.KeysValues | tuple[()]]:
+        def body(block: layers.Block, states: tuple, inputs: tuple) -> tuple[tuple, tuple[()]]:
             (windowed, key), known, after = inputs, [], []
             for level, (x, view) in enumerate(zip(states, views, strict=True)):
                 queries, own = block.look(x, view.turn_of(windowed))
@@ -277,12 +274,43 @@ class DecoderNet(nnx.Module):
                 sight = block.sight(view.scene, windowed, view.bias)
                 x = block.finish(x, queries, sharing.lineage(known), sight, None, sharing.level_key(key, level))
                 after.append(constrain(x, ("batch", "length", None)))
-            return tuple(after), known[0] if keep else ()
+            return tuple(after), ()
 
         inputs = (self.config.windowed, layers.layer_keys(layer_key, self.config.layers))
         embedded = tuple(self.embed(row, sharing.level_key(embed_key, level)) for level, row in enumerate(rows))
-        states, known = self._layers(body, embedded, inputs)
-        return [self.final_norm(x) for x in states], known
+        states, _ = self._layers(body, embedded, inputs)
+        return [self.final_norm(x) for x in states]
+
+    def read(
+        self, row: layers.Row, scene: attending.Scene, last: Int[Array, "B 1"]
+    ) -> tuple[Float[Array, "B 1 D"], layers.KeysValues]:
+        """Return the final state of each row's last token (0 where `last` is -1), and all layers' keys and values.
+
+        Of unrolled layers the last one computes no other states.
+        """
+        view, end, scan = self.view(scene, row.positions, row.positions), self._end(row, last), self.config.scan_layers
+
+        def body(block: layers.Block, x: Array, windowed: Array) -> tuple[Array, layers.KeysValues]:
+            queries, own = block.look(x, view.turn_of(windowed))
+            x = block.finish(x, queries, own, block.sight(view.scene, windowed, view.bias), None, None)
+            return constrain(x, ("batch", "length", None)), own
+
+        def final(block: layers.Block, x: Array, windowed: Array) -> tuple[Array, layers.KeysValues]:
+            _, own = block.look(x, view.turn_of(windowed))
+            x = layers.gather(x, last)
+            queries, _ = block.look(x, end.turn_of(windowed))
+            return block.finish(x, queries, own, block.sight(end.scene, windowed, end.bias), None, None), own
+
+        x, known = self._layers(body, self.embed(row, None), self.config.windowed, None if scan else final)
+        x = self.final_norm(layers.gather(x, last) if scan else x)
+        return jnp.where(last[:, :, None] >= 0, x, jnp.zeros_like(x)), known
+
+    def _end(self, row: layers.Row, last: Int[Array, "B 1"]) -> layers.View:
+        """Return what the last tokens see: their whole rows."""
+        one = layers.Row(*(jnp.take_along_axis(part, jnp.maximum(last, 0), axis=1) for part in row))
+        own, known = layers.tokens(one), layers.tokens(row)
+        masks = self.masks(mask.same_segment(own.segments, known.segments), own, known)
+        return self.view(masks, own.positions, known.positions)
 
     def extend(self, cache: Cache, row: layers.Row) -> tuple[Float[Array, "B Q D"], Cache]:
         """Return the final states of each row's next tokens, and the cache in which they are written."""
@@ -303,9 +331,11 @@ class DecoderNet(nnx.Module):
         x, own = functional.walk_layers(self.layers, body, carry, cache.layers(self.config.windowed), scan=scan)
         return self.final_norm(x), dataclasses.replace(cache, own=own)
 
-    def _layers(self, body, carry, inputs):
+    def _layers(self, body, carry, inputs, final=None):
         config = self.config
-        return functional.run_layers(self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat)
+        return functional.run_layers(
+            self.layers, body, carry, inputs, scan=config.scan_layers, remat=config.remat, final=final
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,8 +407,7 @@ class DecoderOnly:
             roles = jnp.where(prefix, layers.PROMPT, roles)
         row = layers.Row(tokens, segments, positions, roles)
         scene = net.scene(row, "causal", 0) if prefix is None else self._anywhere(net, row, prefix)
-        states, _ = net.run(row, scene, None, keep=False)
-        return self._logits(net, states)
+        return self._logits(net, net.run(row, scene, None))
 
     def prefill(
         self, params: Params, prompts: Prompts, max_new: int, samples: int = 1, tried: int = 0
@@ -394,12 +423,11 @@ class DecoderOnly:
             rule = f"be at least {width} prompt tokens + {max_new} new ones"
             raise self.config.bad("max_positions", rule, "Shorten either, or train a model with more positions.")
         row = layers.prompt_row(prompts.tokens, prompts.mask.astype(jnp.int32), prompts.reference)
-        states, known = net.run(row, net.scene(row, "causal", self._prefix(width)), None, keep=True)
         lengths = jnp.sum(prompts.mask, axis=1, dtype=jnp.int32)
-        last = layers.gather(states, lengths[:, None] - 1)[:, 0]
+        last, known = net.read(row, net.scene(row, "causal", self._prefix(width)), lengths[:, None] - 1)
         places = jnp.where(prompts.mask, row.positions, caches.NEVER)
         cache = caches.begin(known, places, lengths, samples=samples, slots=max_new, tried=tried, config=self.config)
-        return jnp.repeat(self._logits(net, last), samples, axis=0), cache
+        return jnp.repeat(self._logits(net, last[:, 0]), samples, axis=0), cache
 
     def admit(self, cache: Cache, new: Cache, rows: Int[Array, " R"]) -> Cache:
         """Return the cache with the rows of another in the place of some of its own."""
@@ -450,15 +478,15 @@ class DecoderOnly:
         net, row = self._bind(params), layers.joint_row(x)
         prefix = self._prefix(x.prompt.shape[1]) if attention == "causal" else 0
         if self.config.window is None or net.form(row, prefix) != "splash":
-            return net.run(row, net.scene(row, attention, prefix), key, keep=False)[0]
+            return net.run(row, net.scene(row, attention, prefix), key)
         row, places = layers.compact(row)
-        return layers.gather(net.run(row, net.scene(row, attention, prefix), key, keep=False)[0], places)
+        return layers.gather(net.run(row, net.scene(row, attention, prefix), key), places)
 
     def _levels(self, params: Params, x: Conditional, key: jax.Array | None) -> Hidden:
         """Return the final states of prompts and of the responses that share them."""
         net, rows = self._bind(params), sharing.levels(x)
         scenes = net.scenes(rows, self._prefix(x.prompt.shape[1]))
-        return sharing.hidden(net.descend(rows, scenes, key, keep=False)[0])
+        return sharing.hidden(net.descend(rows, scenes, key))
 
     def _logits(self, net: DecoderNet, states: Float[Array, "B *L D"]) -> Float[Array, "B *L V"]:
         head, config = net.output_matrix(), self.config

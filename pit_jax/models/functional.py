@@ -70,6 +70,7 @@ def run_layers(
     *,
     scan: bool,
     remat: str,
+    final: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None,
 ) -> tuple[Any, Any]:
     """Call `body(layer, carry, input) -> (carry, output)` for each layer of a `stacked` module.
 
@@ -80,25 +81,29 @@ def run_layers(
       inputs: tree of arrays with a leading axis of layers; each layer gets its slice.
       scan: one compiled layer in a loop, or unrolled.
       remat: name of the rematerialisation policy (`ModelConfig.remat`).
+      final: what the last of unrolled layers does instead.
 
     Returns:
       The last carry and the outputs, stacked along a leading axis.
     """
     graph, state = nnx.split(stack)
 
-    def step(carry: Any, layer: tuple[Params, Any]) -> tuple[Any, Any]:
-        return body(nnx.merge(graph, layer[0]), carry, layer[1])
+    def step_of(body: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[[Any, tuple[Params, Any]], Any]:
+        def step(carry: Any, layer: tuple[Params, Any]) -> tuple[Any, Any]:
+            return body(nnx.merge(graph, layer[0]), carry, layer[1])
 
-    if remat != "none":
         # Inside a scan the loop already keeps the two computations apart.
-        step = jax.checkpoint(step, policy=_policy(remat), prevent_cse=not scan)
+        return step if remat == "none" else jax.checkpoint(step, policy=_policy(remat), prevent_cse=not scan)
+
     layers = (nnx.to_pure_dict(state), inputs)
     if scan:
-        return jax.lax.scan(step, carry, layers)
+        return jax.lax.scan(step_of(body), carry, layers)
     # `unstack` splits once: the gradient is one concatenation, where that of indexing pads once per layer.
     leaves, structure = jax.tree.flatten(layers)
+    each = list(zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True))
+    steps = [step_of(body)] * (len(each) - 1) + [step_of(final or body)]
     outputs = []
-    for layer in zip(*(jnp.unstack(leaf) for leaf in leaves), strict=True):
+    for step, layer in zip(steps, each, strict=True):
         carry, output = step(carry, jax.tree.unflatten(structure, layer))
         outputs.append(output)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *outputs)

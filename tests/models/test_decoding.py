@@ -50,6 +50,26 @@ def test_rows_do_not_depend_on_their_batch_mates_or_on_padding(name: str) -> Non
     np.testing.assert_allclose(one[0], two[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", tiny.DECODERS)
+def test_unrolled_layers_read_prompts_as_a_loop_does(name: str) -> None:
+    lm = tiny.DECODERS[name]
+    params, prompts = tiny.params(lm), tiny.prompts_of(tiny.batch([[([1, 2, 3, 4, 5], [6])], [([7, 8], [9])]], 7, 1))
+    empty = dataclasses.replace(prompts, mask=prompts.mask.at[1].set(False))
+    read = jax.jit(DecoderOnly.prefill, static_argnums=(0, 3))
+    loop, unrolled = (DecoderOnly(dataclasses.replace(lm.config, scan_layers=scan)) for scan in (True, False))
+    for given in (prompts, empty):
+        found, wanted = (jax.tree.leaves(read(form, params, given, 1)[0]) for form in (unrolled, loop))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_the_last_of_unrolled_layers_computes_one_state_of_a_prompt() -> None:
+    lm = DecoderOnly(dataclasses.replace(tiny.LEARNED, layers=1))
+    prompts, abstract = tiny.prompts_of(tiny.batch([[([3] * 24, [6])]] * 2, 24, 1)), lm.abstract()
+    analysis = jax.jit(lm.prefill, static_argnums=2).lower(abstract, prompts, 1).compile().cost_analysis()
+    whole = jax.jit(lambda params: lm.logits(params, prompts.tokens, prompts.mask)).lower(abstract).compile()
+    assert analysis["flops"] < whole.cost_analysis()["flops"] / 4
+
+
 @pytest.mark.parametrize("name", ["learned", "t5"])
 def test_the_cache_is_carried_without_copies(name: str) -> None:
     lm = tiny.MODELS[name]
