@@ -32,6 +32,8 @@ bench gap_step --steps "$steps" --variant shared --stage attention=causal
 bench gap_step --steps "$steps" --variant unshared --stage attention=causal --training share_prompts=False
 bench rollout --steps "$steps"
 bench rollout --steps "$steps" --variant bfloat16 --set param_dtype=bfloat16
+bench rollout_ending --steps "$steps"
+bench rollout_ending --steps "$steps" --variant replaced --stage portions=4
 bench drafting --repeats "$steps" --rows 1 --prompt 512 --response 256 --drafts 4 8
 bench drafting --repeats "$steps" --rows 32 --prompt 512 --response 256 --drafts 4 8
 bench rl_step --steps "$steps"

@@ -1,4 +1,4 @@
-"""Pictures of what the benchmarks have written: a roofline, and where the time of an RL step goes.
+"""Pictures of what the benchmarks have written: a roofline, the comparison, and where the time of an RL step goes.
 
     python -m benchmarks.plots RESULTS [--output docs/images]
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.peers import compare
+from benchmarks.peers.compare import COMMANDS, PEERS, best
 from benchmarks.speed.record import Record, from_json
 from benchmarks.speed.work import decoding, decoding_bytes, least_bytes, operations
 
-NAMES = {"sft": "SFT step", "gap": "gap step", "rollout": "rollout", "rl": "RL step"}
+NAMES = compare.NAMES | {"gap": "gap step"}
 COLOURS = {"sft": "#1b6ca8", "gap": "#3f8f5f", "rollout": "#b5651d", "rl": "#7b4b94"}
 
 
@@ -49,8 +51,14 @@ def main() -> None:
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         draw_roofline(axes, ceilings(measured), points([from_json(found) for found in measured]))
         figure.savefig(arguments.output / "roofline.png", dpi=150)
-    steps = [json.loads(path.read_text()) for path in sorted((arguments.results / "peers").glob("rl-*.json"))]
-    phased = [from_json(found) for found in steps if found["phases"]]
+    compared: dict[str, list[Record]] = {}
+    for path in sorted((arguments.results / "peers").glob("*.json")):
+        compared.setdefault(path.stem.partition("-")[0], []).append(from_json(json.loads(path.read_text())))
+    if any(one.by != "pit_jax" for several in compared.values() for one in several):
+        figure, axes = plt.subplots(figsize=(7, 0.9 * len(compared) + 1.2), layout="constrained")
+        draw_ratios(axes, compared)
+        figure.savefig(arguments.output / "against_others.png", dpi=150)
+    phased = [one for one in compared.get("rl", ()) if one.phases]
     if phased:
         figure, axes = plt.subplots(figsize=(7, 0.6 * len(phased) + 1.4), layout="constrained")
         draw_phases(axes, phased)
@@ -70,6 +78,7 @@ def points(found: Sequence[Record]) -> list[Point]:
         shape, work = one.shape, one.work
         label = f"{NAMES[work.kind]} {one.variant}".strip()
         intensity = operations(shape, work) / least_bytes(shape, work)
+        assert one.flops is not None
         made.append(Point(label, COLOURS[work.kind], intensity, one.flops))
         if work.kind == "rollout":
             count = decoding(shape, work)
@@ -104,6 +113,27 @@ def draw_roofline(axes: Axes, limits: tuple[float, float], drawn: Sequence[Point
     axes.legend(loc="lower right", fontsize="small")
 
 
+def draw_ratios(axes: Axes, compared: Mapping[str, Sequence[Record]]) -> None:
+    """Draw for each work a bar for each peer, as long as we are faster than its fastest variant with ours."""
+    works = [work for work in COMMANDS if best(compared.get(work, ()), "pit_jax") is not None]
+    for place, peer in enumerate(PEERS):
+        for row, work in enumerate(works):
+            ours, theirs = best(compared[work], "pit_jax"), best(compared[work], peer)
+            if ours is None or theirs is None:
+                continue
+            ratio, height = ours.tokens_per_second / theirs.tokens_per_second, 0.8 / len(PEERS)
+            at = row - 0.4 + (place + 0.5) * height
+            bar = axes.barh(at, ratio, height * 0.9, color=f"C{place}")
+            axes.bar_label(bar, [f"{ratio:.1f} x"], padding=3, fontsize="small")
+    axes.barh([0] * len(PEERS), 0, color=[f"C{place}" for place in range(len(PEERS))], label=list(PEERS))
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(works)), [NAMES[work] for work in works])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="tokens/s of pit_jax to those of others")
+    axes.legend(ncols=len(PEERS), loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small", frameon=False)
+
+
 def draw_phases(axes: Axes, found: Sequence[Record]) -> None:
     """Draw a bar for each program, cut into the phases of its step; what no phase has is "other"."""
     names = list(dict.fromkeys(name for one in found for name in one.phases))
@@ -116,7 +146,7 @@ def draw_phases(axes: Axes, found: Sequence[Record]) -> None:
         left += spent
     axes.invert_yaxis()
     axes.set(xlabel="seconds of an RL step", xlim=(0, left.max() * 1.02))
-    axes.legend(ncols=len(names) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.18), fontsize="small", frameon=False)
+    axes.legend(ncols=len(names) + 1, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize="small", frameon=False)
 
 
 def _spent(one: Record, name: str) -> float:

@@ -26,31 +26,38 @@ from benchmarks.speed import record as records
 from benchmarks.speed.record import GIB, Record
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {"sft": "sft_step", "rollout": "rollout", "rl": "rl_step"}
-NAMES = {"sft": "SFT step", "rollout": "rollout", "rl": "RL step"}
+COMMANDS = {"sft": "sft_step", "rollout": "rollout", "ending": "rollout_ending", "rl": "rl_step"}
+NAMES = {"sft": "SFT step", "rollout": "rollout", "ending": "rollout, answers end early", "rl": "RL step"}
+_CACHES = ("dynamic", "static")
 PEERS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "transformers": {
-        "cpu": {"sft": ("sdpa", "eager"), "rollout": ("dynamic",), "rl": ("sdpa", "eager")},
-        "gpu": {"sft": ("sdpa", "compile"), "rollout": ("dynamic", "static"), "rl": ("sdpa", "compile")},
+        "cpu": {"sft": ("sdpa", "eager"), "rollout": ("dynamic",), "ending": ("dynamic",), "rl": ("sdpa", "eager")},
+        "gpu": {"sft": ("sdpa", "compile"), "rollout": _CACHES, "ending": _CACHES, "rl": ("sdpa", "compile")},
     },
     "trl": {
         "cpu": {"sft": ("plain",), "rl": ("plain",)},
         "gpu": {"sft": ("plain", "checkpointing"), "rl": ("plain", "checkpointing")},
     },
     "tunix": {
-        "cpu": {"sft": ("remat", "plain"), "rollout": ("sampler",), "rl": ("grpo",)},
-        "gpu": {"sft": ("remat",), "rollout": ("sampler",), "rl": ("grpo",)},
+        "cpu": {"sft": ("remat", "plain"), "rollout": ("sampler",), "ending": ("sampler",), "rl": ("grpo",)},
+        "gpu": {"sft": ("remat",), "rollout": ("sampler",), "ending": ("sampler",), "rl": ("grpo",)},
     },
 }
 """Variants of each peer that may be its best, by platform and work."""
 _MICRO, _ONCE = "--training micro_batches=4", "--stage rescore=False"
+_REPLACED = "--stage portions=4"
 OURS: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {
         "sft": {"micro-batches": _MICRO},
         "rollout": {"inverse": "--stage draws=inverse", "two-devices": "--devices 2 --stage draws=inverse"},
+        "ending": {"replaced": _REPLACED, "replaced-inverse": f"{_REPLACED} draws=inverse"},
         "rl": {"micro-batches": _MICRO, "scored-once": f"{_MICRO} {_ONCE}"},
     },
-    "gpu": {"rollout": {"inverse": "--stage draws=inverse"}, "rl": {"scored-once": _ONCE}},
+    "gpu": {
+        "rollout": {"inverse": "--stage draws=inverse"},
+        "ending": {"replaced": _REPLACED},
+        "rl": {"scored-once": _ONCE},
+    },
 }
 """The same of ours, beside the defaults. No peer scores its samples a second time before the update."""
 
@@ -162,12 +169,13 @@ def pooled(several: Sequence[Record]) -> Record:
         memory=max(one.memory for one in several),
         device_memory=max(one.device_memory or 0 for one in several) or None,
         phases=phases,
+        extra={**several[0].extra, "tokens": statistics.mean(one.tokens for one in several)},
     )
 
 
 def best(found: Sequence[Record], by: str) -> Record | None:
     """Return the fastest variant of one project, None if it did not take part."""
-    return min((one for one in found if one.by == by), key=lambda one: one.median, default=None)
+    return max((one for one in found if one.by == by), key=lambda one: one.tokens_per_second, default=None)
 
 
 def comparison(found: Sequence[Record]) -> str:
@@ -175,7 +183,7 @@ def comparison(found: Sequence[Record]) -> str:
     ours = best(found, "pit_jax")
     rows = []
     for one in found:
-        ratio = "" if ours is None or one.by == "pit_jax" else f"{one.median / ours.median:.2f} x"
+        ratio = "" if ours is None or one.by == "pit_jax" else f"{ours.tokens_per_second / one.tokens_per_second:.2f} x"
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in one.phases.items())
         rows.append((*records.row(one), ratio, phases))
     return records.table((*records.HEADS, "pit_jax is", "phases, s"), rows)
@@ -195,7 +203,11 @@ def document_row(work: str, shape: str, ours: Record, found: Sequence[Record]) -
     cells = [f"{NAMES[work]}, {shape}", platform, _figure(ours)]
     rivals = [best(found, peer) for peer in PEERS]
     for rival in rivals:
-        cells += ["-", "-"] if rival is None else [_figure(rival), f"{rival.median / ours.median:.1f} x"]
+        cells += (
+            ["-", "-"]
+            if rival is None
+            else [_figure(rival), f"{ours.tokens_per_second / rival.tokens_per_second:.1f} x"]
+        )
     least = min((rival.peak for rival in rivals if rival is not None), default=None)
     return (*cells, "-" if least is None else f"{ours.peak / least:.2f} x")
 

@@ -13,6 +13,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import statistics
 from typing import Any
 
 import torch
@@ -92,25 +93,42 @@ def _generation(work: Work, variant: str) -> dict[str, Any]:
     return found
 
 
+def _ended(model: Any, ids: torch.Tensor, work: Work, settings: dict[str, Any]) -> int:
+    """Return how many tokens were made, ends included; a call goes on until the last of its rows has ended."""
+    with torch.no_grad():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[:, work.prompt :]
+    ends = torch.isin(found, torch.tensor(settings["eos_token_id"], device=DEVICE))
+    # A row's tokens are those before which none was an end.
+    return int((ends.cumsum(1) - ends.long() == 0).sum())
+
+
 def _sample(model: Any, ids: torch.Tensor, work: Work, settings: dict[str, Any]) -> torch.Tensor:
     with torch.no_grad():
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-    if found.shape != (work.rows, work.length):
-        raise SystemExit(f"generate() must return {(work.rows, work.length)} and returned {tuple(found.shape)}")
+    if found.shape != (len(ids), work.length):
+        raise SystemExit(f"generate() must return {(len(ids), work.length)} and returned {tuple(found.shape)}")
     return found
 
 
 def rollout(shape: Shape, work: Work, variant: str, laps: Laps, steps: int) -> Record:
-    """Time `generate()`; each prompt is given once for each of its samples, as it has no other way."""
+    """Time `generate()`, a batch at a time; a prompt is given once for each of its samples, as it has no other way."""
     model, settings = _policy(shape, variant, DTYPES[shape.compute]).eval(), _generation(work, variant)
+    if work.mean_length:
+        settings |= dict(eos_token_id=list(work.ends(shape.vocabulary)), pad_token_id=0)
+    made = []
+
+    def answer(ids: torch.Tensor) -> int:
+        if work.mean_length:
+            return _ended(model, ids, work, settings)
+        return _sample(model, ids, work, settings)[:, work.prompt :].numel()
 
     def step() -> None:
         ids = _random_ids(shape, work.rows // work.samples, work.prompt).repeat_interleave(work.samples, 0)
-        _sample(model, ids, work, settings)
+        made.append(sum(map(answer, ids.split(work.batch))))
         torch_llama.wait()
 
     laps.repeat(step, steps)
-    return _record(laps, work, shape, variant, {})
+    return _record(laps, work, shape, variant, {}, tokens=statistics.mean(made[laps.warmup :]))
 
 
 def _log_likelihood(model: Any, ids: torch.Tensor, prompt: int) -> torch.Tensor:
@@ -152,12 +170,14 @@ def reinforcement(shape: Shape, work: Work, variant: str, laps: Laps, steps: int
     return _record(laps, work, shape, variant, phases.medians(laps.warmup))
 
 
-def _record(laps: Laps, work: Work, shape: Shape, variant: str, phases: dict[str, float]) -> Record:
-    return torch_llama.record((), laps=laps, work=work, shape=shape, by="transformers", variant=variant, phases=phases)
+def _record(laps: Laps, work: Work, shape: Shape, variant: str, phases: dict[str, float], **extra: float) -> Record:
+    return torch_llama.record(
+        (), laps=laps, work=work, shape=shape, by="transformers", variant=variant, phases=phases, extra=extra
+    )
 
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    works = {"sft": fine_tuning, "rollout": rollout, "rl": reinforcement}
+    works = {"sft": fine_tuning, "rollout": rollout, "ending": rollout, "rl": reinforcement}
     program.main(__doc__, "transformers", works)

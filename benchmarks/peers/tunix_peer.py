@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import functools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -154,7 +155,8 @@ def fine_tuning(shape: Shape, work: Work, variant: str, laps: Laps, steps: int) 
 
 
 def rollout(shape: Shape, work: Work, variant: str, laps: Laps, steps: int) -> Record:
-    """Time the sampler; no sample ends early."""
+    """Time the sampler, a batch at a time."""
+    ends, made = work.ends(shape.vocabulary) or (_NO_EOS,), []
     with MESH:
         sampler = samplers.Sampler(
             model(shape), Words(),
@@ -163,18 +165,25 @@ def rollout(shape: Shape, work: Work, variant: str, laps: Laps, steps: int) -> R
             ),
         )  # fmt: skip
 
+        def answer(prompts: list[str], seed: int) -> int:
+            found = sampler(
+                prompts, max_generation_steps=work.response, max_prompt_length=work.prompt, temperature=1.0, top_p=1.0,
+                eos_tokens=list(ends), seed=seed,
+            )  # fmt: skip
+            # The end itself is not among the tokens.
+            return sum(min(len(tokens) + 1, work.response) for tokens in found.tokens)
+
         def step() -> None:
             prompts = texts(shape, work.rows // work.samples, work.prompt)
-            found = sampler(
-                [prompt for prompt in prompts for _ in range(work.samples)], max_generation_steps=work.response,
-                max_prompt_length=work.prompt, temperature=1.0, top_p=1.0, eos_tokens=[_NO_EOS],
-                seed=len(laps.seconds),
-            )  # fmt: skip
-            if [len(tokens) for tokens in found.tokens] != [work.response] * work.rows:
+            rows = [prompt for prompt in prompts for _ in range(work.samples)]
+            starts = range(0, work.rows, work.batch)
+            first = len(made) * len(starts)
+            made.append(sum(answer(rows[at : at + work.batch], first + part) for part, at in enumerate(starts)))
+            if not work.mean_length and made[-1] != work.tokens:
                 raise SystemExit(f"the sampler must give {work.response} tokens to each of {work.rows} rows")
 
         laps.repeat(step, steps)
-    return _record(laps, work, shape, variant, {})
+    return _record(laps, work, shape, variant, {}, tokens=statistics.mean(made[laps.warmup :]))
 
 
 def _reward(shape: Shape, work: Work) -> Callable[..., list[float]]:
@@ -246,14 +255,14 @@ def reinforcement(shape: Shape, work: Work, variant: str, laps: Laps, steps: int
     return _record(laps, work, shape, variant, phases.medians(laps.warmup))
 
 
-def _record(laps: Laps, work: Work, shape: Shape, variant: str, phases: dict[str, float]) -> Record:
+def _record(laps: Laps, work: Work, shape: Shape, variant: str, phases: dict[str, float], **extra: float) -> Record:
     statistics = jax.local_devices()[0].memory_stats()
     return of_laps(
         laps, work=work, shape=shape, by="tunix", variant=variant, phases=phases, device=jax.devices()[0].device_kind,
         device_memory=None if statistics is None else statistics["peak_bytes_in_use"],
-        versions=versions("google-tunix", "jax", "flax"),
+        versions=versions("google-tunix", "jax", "flax"), extra=extra,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    program.main(__doc__, "tunix", {"sft": fine_tuning, "rollout": rollout, "rl": reinforcement})
+    program.main(__doc__, "tunix", {"sft": fine_tuning, "rollout": rollout, "ending": rollout, "rl": reinforcement})

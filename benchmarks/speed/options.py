@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.speed.shapes import SHAPES, Shape
 from benchmarks.speed.work import WORKS, Work
 
-_CHANGES = ("rows", "prompt", "response", "samples")
+_CHANGES = ("rows", "prompt", "response", "samples", "at_once", "mean_length")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -23,7 +23,7 @@ Phases = Mapping[str, list[float]]
 
 
 def main(kind: str, description: str | None) -> None:
-    """Measure the work of a kind as the command line says; print a table and write JSON."""
+    """Measure the work of a name in `work.WORKS` as the command line says; print a table and write JSON."""
     parser = options.parser(description)
     for name, what in (
         ("set", "the model's config"),
@@ -31,14 +31,13 @@ def main(kind: str, description: str | None) -> None:
         ("training", "the stage's training, such as micro_batches=4"),
     ):
         parser.add_argument(f"--{name}", nargs="*", default=[], metavar="FIELD=VALUE", help=f"fields of {what}")
-    parser.add_argument("--mean_length", type=int, default=None, help="rollout: answers end after about so many tokens")
     parser.add_argument("--no_ceilings", action="store_true", help="do not measure what the machine can do")
     parser.add_argument("--devices", type=int, default=1, help="that share the rows (axis data); on a CPU fake ones")
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", arguments.devices)
     shape, work = options.asked(arguments, kind)
     found = measure(arguments, shape, work)
-    if not arguments.no_ceilings:
+    if not arguments.no_ceilings and not work.mean_length:
         found = against_ceilings(found)
     record.save(
         arguments.output, f"{kind}-{shape.name}-pit_jax{arguments.variant and '-'}{arguments.variant}", found.to_json()
@@ -86,20 +85,19 @@ def _steps(step: product.Stepper, laps: Laps, count: int) -> Phases:
 
 def _rollouts(run: Run, work: Work, laps: Laps, arguments: argparse.Namespace) -> tuple[Phases, dict[str, Any]]:
     """Time rollouts, and rollouts of one token: what is left of a rollout without it is decoding."""
-    rollouts = product.Rollouts(run, work, arguments.mean_length, options.settings(arguments.stage))
+    rollouts = product.Rollouts(run, work, options.settings(arguments.stage))
     lengths = []
 
     def one() -> None:
         lengths.append(int(rollouts().samples.mask.sum()))
 
     laps.repeat(one, arguments.steps)
-    if arguments.mean_length is None and set(lengths) != {work.tokens}:
+    if not work.mean_length and set(lengths) != {work.tokens}:
         raise SystemExit(f"rollouts must have {work.tokens} tokens and have {sorted(set(lengths))}")
     rollouts.sampler = dataclasses.replace(rollouts.sampler, max_new=1)
     prefill = [_seconds(rollouts) for _ in laps.seconds]
     decode = [whole - statistics.median(prefill[laps.warmup :]) for whole in laps.seconds]
-    mean = statistics.mean(lengths[laps.warmup :])
-    return {"prefill": prefill, "decode": decode}, {"tokens": mean, "tokens_per_second": mean / laps.median}
+    return {"prefill": prefill, "decode": decode}, {"tokens": statistics.mean(lengths[laps.warmup :])}
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -115,6 +113,7 @@ def against_ceilings(found: Record) -> Record:
     the floor of prefill and decoding (`work.rollout_floor`) over the time it took, `roofline_decode` of decoding alone.
     """
     limits = ceilings.measure(found.shape)
+    assert found.flops is not None
     extra = {"ceilings": limits._asdict(), "mfu": found.flops / (limits.peak or limits.matmul)}
     if found.work.kind == "rollout":
         prefill, decode = rollout_floor(found.shape, found.work, matmul=limits.matmul, bandwidth=limits.copy)

@@ -207,20 +207,16 @@ def without_end(sampler: Sampler) -> Sampler:
     return dataclasses.replace(sampler, eos_ids=(sampler.lm.config.vocab_size,))
 
 
-def ending(sampler: Sampler, mean: int) -> Sampler:
-    """Return the sampler with so many end-of-sequence tokens that random models end after about `mean` tokens."""
-    return dataclasses.replace(sampler, eos_ids=tuple(range(max(sampler.lm.config.vocab_size // mean, 1))))
-
-
 class Rollouts:
     """Rollouts of a work's prompts with fresh parameters; other prompts and keys in each."""
 
-    def __init__(self, run: Run, work: Work, mean_length: int | None, changes: dict[str, Any]) -> None:
+    def __init__(self, run: Run, work: Work, changes: dict[str, Any]) -> None:
         draws = {field.name for field in dataclasses.fields(Sampling)} & changes.keys()
         sampling = Sampling(**{name: changes[name] for name in draws})
         others = {name: value for name, value in changes.items() if name not in draws}
-        sampler = dataclasses.replace(answering.sampler(run, "policy", sampling, work.rows), **others)
-        self.sampler = without_end(sampler) if mean_length is None else ending(sampler, mean_length)
+        sampler = dataclasses.replace(answering.sampler(run, "policy", sampling, work.batch), **others)
+        ends = work.ends(sampler.lm.config.vocab_size)
+        self.sampler = dataclasses.replace(sampler, eos_ids=ends) if ends else without_end(sampler)
         self.params = run.language_model("start")
         self._work, self._source, self._step = work, run.source("rl", "train", stream="rollout"), 0
         self._codec = run.codec

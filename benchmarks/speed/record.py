@@ -58,14 +58,19 @@ class Record:
         return statistics.median(self.processors)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Throughput of the median step."""
-        return self.work.tokens / self.median
+    def tokens(self) -> float:
+        """Tokens of a step: those of the work, or what was made where answers end early (`extra["tokens"]`)."""
+        return self.extra["tokens"] if self.work.mean_length else self.work.tokens
 
     @property
-    def flops(self) -> float:
-        """Operations a second, by the count of `work.operations`."""
-        return operations(self.shape, self.work) / self.median
+    def tokens_per_second(self) -> float:
+        """Throughput of the median step."""
+        return self.tokens / self.median
+
+    @property
+    def flops(self) -> float | None:
+        """Operations a second, by the count of `work.operations`; None where answers end early, which it is not for."""
+        return None if self.work.mean_length else operations(self.shape, self.work) / self.median
 
     @property
     def peak(self) -> int:
@@ -182,7 +187,7 @@ def row(record: Record) -> tuple[str, ...]:
         spread,
         f"{record.processor:.3f}",
         f"{record.tokens_per_second:,.0f}",
-        f"{record.flops / 1e9:,.1f}",
+        "-" if record.flops is None else f"{record.flops / 1e9:,.1f}",
         f"{record.peak / GIB:.2f}",
         f"{record.first:.1f}",
         f"{record.disturbance:.1f}",

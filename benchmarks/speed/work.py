@@ -21,6 +21,8 @@ class Work:
       temperature 1, none ends early) or "rl" (the same, then a reward model and an anchor of the same size, and one
       update).
     samples: rows that share a prompt ("rollout", "rl").
+    at_once: rows of a batch of a rollout; 0: all.
+    mean_length: a rollout's answers end after about so many tokens on average; 0: none ends before `response`.
     """
 
     kind: str
@@ -28,6 +30,8 @@ class Work:
     prompt: int
     response: int
     samples: int = 1
+    at_once: int = 0
+    mean_length: int = 0
 
     def __post_init__(self) -> None:
         """Check the kind, and that the rows can be shared out."""
@@ -35,6 +39,17 @@ class Work:
             raise SystemExit(f"work {self.kind!r} must be one of {', '.join(KINDS)}")
         if self.rows % self.samples:
             raise SystemExit(f"rows {self.rows} must be a multiple of the {self.samples} samples of a prompt")
+        if self.rows % self.batch:
+            raise SystemExit(f"rows {self.rows} must be a multiple of the {self.batch} of a batch")
+
+    @property
+    def batch(self) -> int:
+        """Rows of a batch of a rollout."""
+        return self.at_once or self.rows
+
+    def ends(self, vocabulary: int) -> tuple[int, ...]:
+        """Return the tokens that end an answer: a share of the vocabulary that random models draw as often."""
+        return tuple(range(max(vocabulary // self.mean_length, 1))) if self.mean_length else ()
 
     @property
     def length(self) -> int:
@@ -44,6 +59,8 @@ class Work:
     @property
     def tokens(self) -> int:
         """Tokens by which throughput is counted: those that are made in a rollout, else all that a step goes through.
+
+        (Where answers end early a record has what was made.)
 
         A record of a gap step has four passes, each with both responses in it.
         """
@@ -66,24 +83,28 @@ WORKS: dict[str, dict[str, Work]] = {
         "sft": Work(kind="sft", rows=4, prompt=1, response=31),
         "gap": Work(kind="gap", rows=2, prompt=16, response=8),
         "rollout": Work(kind="rollout", rows=4, prompt=16, response=8),
+        "ending": Work(kind="rollout", rows=16, prompt=16, response=8, at_once=4, mean_length=3),
         "rl": Work(kind="rl", rows=4, prompt=16, response=8, samples=2),
     },
     "nano": {
         "sft": Work(kind="sft", rows=16, prompt=1, response=255),
         "gap": Work(kind="gap", rows=4, prompt=192, response=32),
         "rollout": Work(kind="rollout", rows=32, prompt=128, response=64),
+        "ending": Work(kind="rollout", rows=128, prompt=128, response=64, at_once=32, mean_length=16),
         "rl": Work(kind="rl", rows=32, prompt=128, response=64, samples=2),
     },
     "125m": {
         "sft": Work(kind="sft", rows=32, prompt=1, response=1023),
         "gap": Work(kind="gap", rows=16, prompt=512, response=128),
         "rollout": Work(kind="rollout", rows=128, prompt=256, response=128),
+        "ending": Work(kind="rollout", rows=512, prompt=256, response=128, at_once=128, mean_length=32),
         "rl": Work(kind="rl", rows=64, prompt=256, response=128, samples=2),
     },
     "llama-3.2-1b": {
         "sft": Work(kind="sft", rows=16, prompt=1, response=2047),
         "gap": Work(kind="gap", rows=4, prompt=1536, response=256),
         "rollout": Work(kind="rollout", rows=128, prompt=512, response=256),
+        "ending": Work(kind="rollout", rows=512, prompt=512, response=256, at_once=128, mean_length=64),
         "rl": Work(kind="rl", rows=64, prompt=512, response=256, samples=2),
     },
 }

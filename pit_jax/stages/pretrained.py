@@ -100,16 +100,19 @@ class Pretrained:
     def generate(
         self, prompts: str, attention_mask: None = None,
         *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+        draft_tokens: int = ...,
     ) -> str: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: Sequence[str], attention_mask: None = None,
         *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+        draft_tokens: int = ...,
     ) -> list[str]: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: Any, attention_mask: Any = None,
         *, max_new_tokens: int = ..., temperature: float = ..., top_k: int = ..., top_p: float = ..., seed: int = ...,
+        draft_tokens: int = ...,
     ) -> list[list[int]]: ...  # fmt: skip
     def generate(
         self,
@@ -121,6 +124,7 @@ class Pretrained:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        draft_tokens: int = 0,
     ) -> Any:
         """Return continuations of prompts: texts for texts, lists of ids (with the EOS, if there was one) for ids.
 
@@ -135,14 +139,15 @@ class Pretrained:
           top_k: see `decode.sampling.Sampling`.
           top_p: the same.
           seed: of the samples; row b depends on (seed, b) alone.
+          draft_tokens: see `Sampling`; pays where continuations repeat their prompts.
 
         Raises:
-          ConfigError: the model scores sequences, and writes none.
+          ConfigError: the model scores sequences, and writes none; or a setting is out of its range.
           DataError: there is no tokenizer for texts, a prompt is empty, or ids are not rows of the vocabulary's ids.
         """
         if has_head(self.model):
             raise ConfigError(f"A {type(self.model).__name__} scores sequences and writes none. Call logits().")
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, draft_tokens=draft_tokens)
         if isinstance(prompts, str):
             return self._texts([prompts], max_new_tokens, sampling, seed)[0]
         if len(prompts) and isinstance(prompts[0], str):

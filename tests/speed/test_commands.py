@@ -54,9 +54,14 @@ def test_drafting_says_how_many_passes_it_saves(tmp_path: pathlib.Path) -> None:
 
 @SLOW
 def test_answers_that_end_early_are_counted_as_they_are(tmp_path: pathlib.Path) -> None:
-    run("rollout", "--steps=2", f"--output={tmp_path}", "--mean_length=3", "--no_ceilings")
-    found = json.loads((tmp_path / "rollout-tiny-pit_jax.json").read_text())
-    assert 0 < found["extra"]["tokens"] < found["work"]["rows"] * found["work"]["response"]
+    made = []
+    for name, stage in (("plain", []), ("replaced", ["--stage", "portions=2"])):
+        said = run("rollout_ending", "--steps=2", f"--output={tmp_path}", f"--variant={name}", *stage)
+        found = json.loads((tmp_path / f"ending-tiny-pit_jax-{name}.json").read_text())
+        made.append(found["extra"]["tokens"])
+        assert "| -       |" in said and found["tokens_per_second"] == pytest.approx(made[-1] / found["median"])
+    # Rows that are replaced get the same samples.
+    assert made[0] == made[1] and found["work"]["rows"] < made[0] < found["work"]["rows"] * found["work"]["response"]
 
 
 @SLOW
@@ -80,7 +85,7 @@ def test_the_comparison_prints_the_rows_of_the_page(tmp_path: pathlib.Path) -> N
 
 @pytest.mark.parity
 @SLOW
-@pytest.mark.parametrize("work", ["sft", "rollout", "rl"])
+@pytest.mark.parametrize("work", ["sft", "rollout", "ending", "rl"])
 def test_the_loop_of_transformers(tmp_path: pathlib.Path, work: str) -> None:
     pytest.importorskip("transformers")
     run("peers.transformers_peer", f"--work={work}", "--steps=1", "--warmup=1", f"--output={tmp_path}")

@@ -54,12 +54,26 @@ def test_phases_fill_the_step() -> None:
     plt.close("all")
 
 
+def test_a_bar_says_how_much_faster_we_are_than_the_best_variant() -> None:
+    axes = plt.figure().add_subplot()
+    ours, theirs = measured("sft", 2.0), dataclasses.replace(measured("sft", 3.0), by="trl")
+    plots.draw_ratios(axes, {"sft": [ours, dataclasses.replace(theirs, seconds=(5.0,)), theirs]})
+    assert [text.get_text() for text in axes.texts] == ["1.5 x"]
+    plt.close("all")
+
+
 def test_pictures_are_made_of_the_files(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record.save(tmp_path, "sft-nano-pit_jax", measured("sft", 2.0).to_json())
-    record.save(tmp_path / "peers", "rl-nano-pit_jax", measured("rl", 4.0, update=2.0).to_json())
+    found = measured("rl", 4.0, update=2.0)
+    record.save(tmp_path / "peers", "rl-nano-pit_jax", found.to_json())
+    record.save(tmp_path / "peers", "rl-nano-trl-plain", dataclasses.replace(found, by="trl").to_json())
     monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path), "--output", str(tmp_path / "images")])
     plots.main()
-    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["rl_phases.png", "roofline.png"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == [
+        "against_others.png",
+        "rl_phases.png",
+        "roofline.png",
+    ]
 
 
 def test_growth_is_told_against_the_row_before() -> None:

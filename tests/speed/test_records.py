@@ -51,6 +51,18 @@ def test_figures_of_a_record() -> None:
     assert dataclasses.replace(found, device_memory=5).peak == 5
 
 
+def test_where_answers_end_early_the_tokens_that_were_made_count() -> None:
+    ending = WORKS["nano"]["ending"]
+    ours, slower = (
+        measured("pit_jax", (4.0,), work=ending, extra={"tokens": tokens}, variant=name)
+        for tokens, name in ((2000.0, "replaced"), (1800.0, "plain"))
+    )
+    assert ours.tokens_per_second == 500.0 and ours.flops is None and record.row(ours)[4] == "-"
+    assert compare.best([slower, ours], "pit_jax") is ours
+    assert compare.pooled([ours, slower]).tokens == 1900.0
+    assert ending.ends(8192) == tuple(range(512)) and WORKS["nano"]["rollout"].ends(8192) == ()
+
+
 def test_a_record_comes_back_from_its_file(tmp_path: pathlib.Path) -> None:
     found = measured("trl", (2.0, 1.0), phases={"update": 1.0})
     record.save(tmp_path / "out", "name", found.to_json())

@@ -119,6 +119,7 @@ def test_samples_depend_on_the_seed_and_the_row_alone(model: Pretrained) -> None
     both = model.generate([[3, 4], [5, 6]], seed=1, **settings)
     assert model.generate([[3, 4]], seed=1, **settings) == both[:1]
     assert model.generate([[3, 4]], seed=2, **settings) != both[:1]
+    assert model.generate([[3, 4], [5, 6]], seed=1, draft_tokens=2, **settings) == both
 
 
 def test_dtype_and_mesh(llama: str, model: Pretrained) -> None:
@@ -142,6 +143,7 @@ def test_dtype_and_mesh(llama: str, model: Pretrained) -> None:
         (lambda m: m.generate([3, 4]), r"prompts\[0\] must be token ids in rows"),
         (lambda m: m.generate([[3], [-1]]), r"prompts\[1\] has ids from -1 to -1"),
         (lambda m: m.generate([[3], []]), "Prompt 1 has no token"),
+        (lambda m: m.generate([[3]], draft_tokens=-1), "draft_tokens = -1 must be >= 0"),
     ],
 )
 def test_calls_that_make_no_sense(call: Callable[[Pretrained], Any], message: str, model: Pretrained) -> None:
