@@ -128,7 +128,7 @@ def test_blocks_over_four_devices_equal_xla_on_one(mesh: str, monkeypatch: pytes
     with use(devices, DEFAULT_RULES):
         found, calls = in_blocks(monkeypatch, lm, placed, put_batch(x, devices, row_axis=0), 1)
         jax.block_until_ready(found)
-    assert bool(calls) == (mesh == "data x tensor"), "queries that are cut over devices stay plain"
+    assert calls and max(calls) > 1
     assert_equal(found, expected, 3e-5)
 
 
