@@ -30,7 +30,11 @@ TWENTY = {f"{stage}/loop.Loop.steps": 20 for stage in SUPERVISED} | {
     "stage2/curriculum.Round.steps": 10,
     "loop.Loop.checkpoint_every": 0,
     "rl.RlTraining.checkpoint_every": 0,
+    "dpo_policy/loop.Loop.steps": 20,
+    "srt_tune/loop.Loop.steps": 20,
+    "evaluate.Evaluate.policies": {"dpo": "dpo_policy"},
 }
+EVERY = str(ROOT / "tests" / "hosts" / "every_stage.gin")
 CUT_MODEL = {"mesh.MeshConfig.data": 1, "mesh.MeshConfig.fsdp": 2, "mesh.MeshConfig.tensor": 2}
 
 
@@ -117,13 +121,13 @@ def test_hosts_with_different_data_are_refused(tmp_path: pathlib.Path) -> None:
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """The whole recipe on one process with one device."""
+    """Every stage on one process with one device."""
     directory = tmp_path_factory.mktemp("one_device") / "run"
-    pipeline(directory, TWENTY, processes=1, devices=1)
+    pipeline(directory, TWENTY, EVERY, processes=1, devices=1)
     return directory
 
 
-ALL = (*SUPERVISED, "rl_policy", "rl_improver")
+ALL = (*SUPERVISED, "rl_policy", "rl_improver", "dpo_policy", "srt_tune")
 
 
 @pytest.mark.slow
@@ -132,7 +136,7 @@ def test_every_stage_is_the_same_on_any_number_of_hosts(
     one_device: pathlib.Path, tmp_path: pathlib.Path, processes: int, devices: int
 ) -> None:
     directory = tmp_path / "run"
-    pipeline(directory, TWENTY, processes=processes, devices=devices)
+    pipeline(directory, TWENTY, EVERY, processes=processes, devices=devices)
     assert_same_training(one_device, directory, ALL)
     assert_same_answers(one_device, directory, "*")
 
@@ -149,7 +153,7 @@ def assert_same_answers(left: pathlib.Path, right: pathlib.Path, pattern: str) -
 @pytest.mark.slow
 def test_every_stage_is_the_same_where_hosts_share_a_model(one_device: pathlib.Path, tmp_path: pathlib.Path) -> None:
     directory = tmp_path / "run"
-    pipeline(directory, TWENTY | CUT_MODEL, processes=2, devices=2)
+    pipeline(directory, TWENTY | CUT_MODEL, EVERY, processes=2, devices=2)
     assert_same_training(one_device, directory, ALL)
     assert_same_answers(one_device, directory, "*_T0")
 

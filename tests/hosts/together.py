@@ -90,10 +90,10 @@ STARTED: list[Host] = []
 """All hosts of the test under way, to be ended with it."""
 
 
-def flags(directory: pathlib.Path, settings: Mapping[str, Any]) -> list[str]:
-    """Return the flags of a run of the small recipe."""
+def flags(directory: pathlib.Path, settings: Mapping[str, Any], recipe: str = "recipes/demo.gin") -> list[str]:
+    """Return the flags of a small run of a recipe."""
     bound = SETTINGS | dict(settings) | {"MODEL_DIR": str(directory)}
-    return ["--gin_file=recipes/demo.gin", *(f"--gin.{name}={value!r}" for name, value in bound.items())]
+    return [f"--gin_file={recipe}", *(f"--gin.{name}={value!r}" for name, value in bound.items())]
 
 
 def free_port() -> int:
@@ -157,10 +157,10 @@ def finish(hosts: Sequence[Host], seconds: float = 1800.0) -> None:
 
 
 def pipeline(
-    directory: pathlib.Path, settings: Mapping[str, Any], *, processes: int, devices: int, more: Sequence[str] = ()
+    directory: pathlib.Path, settings: Mapping[str, Any], recipe: str, *, processes: int, devices: int
 ) -> None:
-    """Run the whole recipe on so many processes with so many devices each."""
-    command = ["pipeline", *flags(directory, settings), *more]
+    """Run a whole recipe on so many processes with so many devices each."""
+    command = ["pipeline", *flags(directory, settings, recipe)]
     finish(start(directory.parent / f"{directory.name}_logs", [command] * processes, devices=devices))
 
 
