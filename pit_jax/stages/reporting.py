@@ -73,8 +73,8 @@ class TrainingRecords:
         return [f"Tokens trained on, in millions: {cost}."] if cost else []
 
     def warnings(self) -> list[str]:
-        """Return warnings about reward models that are too weak for RL."""
-        found = []
+        """Return warnings about reward models that are too weak for RL, and about RL that ended with alarms on."""
+        found = [warning for name in self.reinforced() if (warning := self._alarms(name))]
         for name, result in self.reward_models().items():
             clean = {key: value for key, value in result["accuracy"].items() if "baseline" not in key}
             chosen = {key: value for key, value in clean.items() if "clean" in key and value["n"]} or clean
@@ -85,6 +85,18 @@ class TrainingRecords:
                     f"{ENOUGH}; RL may exploit its mistakes. Train it (and SFT before it) longer, or on more data."
                 )
         return found
+
+    def _alarms(self, name: str) -> str:
+        train = [record for record in self.metrics[name] if record["kind"] == "train"]
+        calm = [number for number, record in enumerate(train) if not record.get("alarms")]
+        first = calm[-1] + 1 if calm else 0
+        if first == len(train):
+            return ""
+        return (
+            f"{name} ended with alarms of reward hacking on (all records from step {train[first]['step']} have "
+            "some; its log says which). What it learnt there may please the reward model alone: compare a snapshot of "
+            "before, or train with a larger beta or MonitorConfig.action = 'adapt'."
+        )
 
 
 def training_records(run: Run) -> TrainingRecords:

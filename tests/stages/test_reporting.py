@@ -60,6 +60,17 @@ def test_training_of_every_kind_is_shown(whole: pathlib.Path) -> None:
     assert "rl_improver" in cost and "evaluate" not in cost
 
 
+def test_rl_that_ended_with_alarms_is_warned_of() -> None:
+    def records(*alarms: float) -> TrainingRecords:
+        train = [{"kind": "train", "step": 10 * n, "alarms": on} for n, on in enumerate(alarms, start=1)]
+        return TrainingRecords(manifests={"rl": {"verb": "rl"}}, results={"rl": {}}, metrics={"rl": train})
+
+    assert records(0.0, 1.0, 0.0).warnings() == []
+    (warning,) = records(1.0, 0.0, 0.2, 2.0).warnings()
+    assert warning.startswith("rl ended with alarms of reward hacking on (all records from step 30 ")
+    assert "from step 10 " in records(1.0).warnings()[0]
+
+
 def test_weak_reward_models_are_warned_of() -> None:
     def records(**accuracy: float) -> TrainingRecords:
         found = {name.replace("_", " "): {"value": value, "n": 10} for name, value in accuracy.items()}
