@@ -6,6 +6,7 @@ at any moment and a power failure after the call has returned; object stores mak
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -78,10 +79,12 @@ def free_bytes(directory: epath.PathLike) -> int | None:
     """Return the free space of the disk that `directory` is or will be on, in bytes; None for remote paths."""
     if not is_local(directory):
         return None
-    existing = pathlib.Path(directory).absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    place = pathlib.Path(directory).absolute()
+    for existing in (place, *place.parents):
+        # Only the answer shows that a folder is there: another process may remove it after it was looked for.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return shutil.disk_usage(existing).free
+    return None
 
 
 def require_free(directory: epath.PathLike, needed: int) -> None:

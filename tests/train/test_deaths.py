@@ -103,7 +103,8 @@ def test_several_processes_train_what_one_does(tmp_path, together):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step_and_damage_is_met_by_all(tmp_path, together):
-    running = start(tmp_path, "--steps", "40", "--pause", "1.0", count=2)
+    # Slow steps: the first run must be under way for as long as two processes take to start on a busy machine.
+    running = start(tmp_path, "--steps", "40", "--pause", "4.0", count=2)
     wait_for_lines(tmp_path / "metrics.jsonl", 2)
     refused = start(tmp_path, "--steps", "40", count=2)
     for said in ends(refused, 1):
