@@ -21,7 +21,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.peers import compare
-from benchmarks.peers.compare import COMMANDS, PEERS, best
+from benchmarks.peers.compare import COMMANDS, PEERS, best, times_faster
 from benchmarks.speed.record import Record, from_json
 from benchmarks.speed.work import decoding, decoding_bytes, least_bytes, operations
 
@@ -121,7 +121,7 @@ def draw_ratios(axes: Axes, compared: Mapping[str, Sequence[Record]]) -> None:
             ours, theirs = best(compared[work], "pit_jax"), best(compared[work], peer)
             if ours is None or theirs is None:
                 continue
-            ratio, height = ours.tokens_per_second / theirs.tokens_per_second, 0.8 / len(PEERS)
+            ratio, height = times_faster(ours, theirs), 0.8 / len(PEERS)
             at = row - 0.4 + (place + 0.5) * height
             bar = axes.barh(at, ratio, height * 0.9, color=f"C{place}")
             axes.bar_label(bar, [f"{ratio:.1f} x"], padding=3, fontsize="small")

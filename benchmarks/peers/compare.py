@@ -178,12 +178,17 @@ def best(found: Sequence[Record], by: str) -> Record | None:
     return max((one for one in found if one.by == by), key=lambda one: one.tokens_per_second, default=None)
 
 
+def times_faster(ours: Record, theirs: Record) -> float:
+    """Return how many times the throughput of another program ours is."""
+    return ours.tokens_per_second / theirs.tokens_per_second
+
+
 def comparison(found: Sequence[Record]) -> str:
     """Return the table of a work, with how much faster than each program our best is, and the phases."""
     ours = best(found, "pit_jax")
     rows = []
     for one in found:
-        ratio = "" if ours is None or one.by == "pit_jax" else f"{ours.tokens_per_second / one.tokens_per_second:.2f} x"
+        ratio = "" if ours is None or one.by == "pit_jax" else f"{times_faster(ours, one):.2f} x"
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in one.phases.items())
         rows.append((*records.row(one), ratio, phases))
     return records.table((*records.HEADS, "pit_jax is", "phases, s"), rows)
@@ -203,11 +208,7 @@ def document_row(work: str, shape: str, ours: Record, found: Sequence[Record]) -
     cells = [f"{NAMES[work]}, {shape}", platform, _figure(ours)]
     rivals = [best(found, peer) for peer in PEERS]
     for rival in rivals:
-        cells += (
-            ["-", "-"]
-            if rival is None
-            else [_figure(rival), f"{ours.tokens_per_second / rival.tokens_per_second:.1f} x"]
-        )
+        cells += ["-", "-"] if rival is None else [_figure(rival), f"{times_faster(ours, rival):.1f} x"]
     least = min((rival.peak for rival in rivals if rival is not None), default=None)
     return (*cells, "-" if least is None else f"{ours.peak / least:.2f} x")
 

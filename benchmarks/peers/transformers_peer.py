@@ -93,18 +93,21 @@ def _generation(work: Work, variant: str) -> dict[str, Any]:
     return found
 
 
+def _generated(model: Any, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+
 def _ended(model: Any, ids: torch.Tensor, work: Work, settings: dict[str, Any]) -> int:
     """Return how many tokens were made, ends included; a call goes on until the last of its rows has ended."""
-    with torch.no_grad():
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[:, work.prompt :]
+    found = _generated(model, ids, settings)[:, work.prompt :]
     ends = torch.isin(found, torch.tensor(settings["eos_token_id"], device=DEVICE))
     # A row's tokens are those before which none was an end.
     return int((ends.cumsum(1) - ends.long() == 0).sum())
 
 
 def _sample(model: Any, ids: torch.Tensor, work: Work, settings: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    found = _generated(model, ids, settings)
     if found.shape != (len(ids), work.length):
         raise SystemExit(f"generate() must return {(len(ids), work.length)} and returned {tuple(found.shape)}")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ class TrainingRecords:
 
     def warnings(self) -> list[str]:
         """Return warnings about reward models that are too weak for RL, and about RL that ended with alarms on."""
-        found = [warning for name in self.reinforced() if (warning := self._alarms(name))]
+        found = [warning for name, records in self.reinforced().items() if (warning := _alarms(name, records))]
         for name, result in self.reward_models().items():
             clean = {key: value for key, value in result["accuracy"].items() if "baseline" not in key}
             chosen = {key: value for key, value in clean.items() if "clean" in key and value["n"]} or clean
@@ -86,17 +87,18 @@ class TrainingRecords:
                 )
         return found
 
-    def _alarms(self, name: str) -> str:
-        train = [record for record in self.metrics[name] if record["kind"] == "train"]
-        calm = [number for number, record in enumerate(train) if not record.get("alarms")]
-        first = calm[-1] + 1 if calm else 0
-        if first == len(train):
-            return ""
-        return (
-            f"{name} ended with alarms of reward hacking on (all records from step {train[first]['step']} have "
-            "some; its log says which). What it learnt there may please the reward model alone: compare a snapshot of "
-            "before, or train with a larger beta or MonitorConfig.action = 'adapt'."
-        )
+
+def _alarms(name: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the warning about an RL stage whose last records all have alarms, "" where the very last has none."""
+    train = [record for record in records if record["kind"] == "train"]
+    last = list(itertools.takewhile(lambda record: record.get("alarms"), reversed(train)))
+    if not last:
+        return ""
+    return (
+        f"{name} ended with alarms of reward hacking on (all records from step {last[-1]['step']} have some; its log "
+        "says which). What it learnt there may please the reward model alone: compare a snapshot of before, or train "
+        "with a larger beta or MonitorConfig.action = 'adapt'."
+    )
 
 
 def training_records(run: Run) -> TrainingRecords:

@@ -34,7 +34,7 @@ TWENTY = {f"{stage}/loop.Loop.steps": 20 for stage in SUPERVISED} | {
     "srt_tune/loop.Loop.steps": 20,
     "evaluate.Evaluate.policies": {"dpo": "dpo_policy"},
 }
-EVERY = str(ROOT / "tests" / "hosts" / "every_stage.gin")
+EVERY_STAGE = str(ROOT / "tests" / "hosts" / "every_stage.gin")
 CUT_MODEL = {"mesh.MeshConfig.data": 1, "mesh.MeshConfig.fsdp": 2, "mesh.MeshConfig.tensor": 2}
 
 
@@ -56,10 +56,10 @@ def assert_same_training(left: pathlib.Path, right: pathlib.Path, stages: tuple[
 def few(directory: pathlib.Path, settings: dict[str, Any] | None = None) -> list[str]:
     """Return the command of the recipe with few stages."""
     bound = FEW | (settings or {})
-    files = [f"--gin_file={ROOT / 'tests' / 'hosts' / 'few_stages.gin'}"]
     unused = ("evaluate.", "stage1/", "stage2/", "reward_gap/", "rl_improver/", "sft_improver/", "ORIGINAL")
-    given = [flag for flag in flags(directory, bound)[1:] if not flag.removeprefix("--gin.").startswith(unused)]
-    return ["pipeline", *files, *given]
+    recipe = str(ROOT / "tests" / "hosts" / "few_stages.gin")
+    given = [flag for flag in flags(directory, bound, recipe) if not flag.removeprefix("--gin.").startswith(unused)]
+    return ["pipeline", *given]
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_hosts_with_different_data_are_refused(tmp_path: pathlib.Path) -> None:
 def one_device(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """Every stage on one process with one device."""
     directory = tmp_path_factory.mktemp("one_device") / "run"
-    pipeline(directory, TWENTY, EVERY, processes=1, devices=1)
+    pipeline(directory, TWENTY, EVERY_STAGE, processes=1, devices=1)
     return directory
 
 
@@ -138,7 +138,7 @@ def test_every_stage_is_the_same_on_any_number_of_hosts(
     one_device: pathlib.Path, tmp_path: pathlib.Path, processes: int, devices: int
 ) -> None:
     directory = tmp_path / "run"
-    pipeline(directory, TWENTY, EVERY, processes=processes, devices=devices)
+    pipeline(directory, TWENTY, EVERY_STAGE, processes=processes, devices=devices)
     assert_same_training(one_device, directory, ALL)
     assert_same_answers(one_device, directory, "*")
 
@@ -155,7 +155,7 @@ def assert_same_answers(left: pathlib.Path, right: pathlib.Path, pattern: str) -
 @pytest.mark.slow
 def test_every_stage_is_the_same_where_hosts_share_a_model(one_device: pathlib.Path, tmp_path: pathlib.Path) -> None:
     directory = tmp_path / "run"
-    pipeline(directory, TWENTY | CUT_MODEL, EVERY, processes=2, devices=2)
+    pipeline(directory, TWENTY | CUT_MODEL, EVERY_STAGE, processes=2, devices=2)
     assert_same_training(one_device, directory, ALL)
     assert_same_answers(one_device, directory, "*_T0")
 
