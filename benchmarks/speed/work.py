@@ -37,6 +37,9 @@ class Work:
         """Check the kind, and that the rows can be shared out."""
         if self.kind not in KINDS:
             raise SystemExit(f"work {self.kind!r} must be one of {', '.join(KINDS)}")
+        for name in ("at_once", "mean_length"):
+            if vars(self)[name] < 0:
+                raise SystemExit(f"{name} {vars(self)[name]} must be >= 0; 0 leaves it out")
         if self.rows % self.samples:
             raise SystemExit(f"rows {self.rows} must be a multiple of the {self.samples} samples of a prompt")
         if self.rows % self.batch:

@@ -89,5 +89,7 @@ def test_the_count_is_that_of_the_compiled_programs() -> None:
 def test_wrong_work_is_refused() -> None:
     with pytest.raises(SystemExit, match="multiple of the 3 samples"):
         Work(kind="rl", rows=4, prompt=2, response=2, samples=3)
+    with pytest.raises(SystemExit, match="mean_length -2 must be >= 0"):
+        Work(kind="rollout", rows=4, prompt=2, response=2, mean_length=-2)
     with pytest.raises(SystemExit, match="one of sft, gap, rollout, rl"):
         Work(kind="dpo", rows=4, prompt=2, response=2)
